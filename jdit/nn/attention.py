@@ -1,0 +1,134 @@
+"""Scaled dot-product attention with a backend switch.
+
+B batch, N query tokens, S key tokens, H heads, K head dim. Backends are tried in order; each may decline with
+NotImplementedError (the shape of tokamax's switch). The first choice for a set of shapes is logged once.
+"""
+
+import functools
+import logging
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+log = logging.getLogger("jdit")
+
+CHUNK = 1024
+"""Query rows a chunk of the chunked backend: bounds its score matrix to CHUNK x S."""
+DENSE_LIMIT = 2048
+"""Longest query for which the dense S x S backend is taken."""
+
+Lengths = Int[Array, "B"] | None
+
+
+def _dense(q, k, v, lengths: Lengths):
+    logits = jnp.einsum("bnhk,bshk->bhns", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    if lengths is not None:
+        logits = jnp.where(jnp.arange(k.shape[1]) < lengths[:, None, None, None], logits, -jnp.inf)
+    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    return jnp.einsum("bhns,bshk->bnhk", weights, v)
+
+
+def _xla(q, k, v, lengths: Lengths):
+    """Plain products, S x S scores in memory: short sequences only."""
+    if q.shape[1] > DENSE_LIMIT:
+        raise NotImplementedError(f"{q.shape[1]} query tokens are over the dense limit of {DENSE_LIMIT}")
+    return _dense(q, k, v, lengths)
+
+
+def _chunked(q, k, v, lengths: Lengths):
+    """`_xla` over chunks of queries: any length, on any device."""
+    b, n, h, d = q.shape
+    chunks = -(-n // CHUNK)
+    padded = jnp.pad(q, ((0, 0), (0, chunks * CHUNK - n), (0, 0), (0, 0)))
+    rows = padded.reshape(b, chunks, CHUNK, h, d).swapaxes(0, 1)
+    out = jax.lax.map(lambda c: _dense(c, k, v, lengths), rows)
+    return out.swapaxes(0, 1).reshape(b, chunks * CHUNK, h, v.shape[-1])[:, :n]
+
+
+def _pad_tokens(x, multiple: int):
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % multiple), (0, 0), (0, 0)))
+
+
+def _cudnn(q, k, v, lengths: Lengths):
+    """cuDNN flash attention. Tokens are padded to a multiple of 128 and cut by lengths: 9% faster at 32,760 tokens."""
+    if jax.default_backend() != "gpu":
+        raise NotImplementedError("cuDNN attention needs an NVIDIA GPU")
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        raise NotImplementedError(f"cuDNN attention takes bfloat16 and float16, not {q.dtype}")
+    if q.shape[-1] % 8 or q.shape[-1] > 128:
+        raise NotImplementedError(f"cuDNN attention takes head dims that are multiples of 8 up to 128, not {q.shape[-1]}")
+    b, n, s = q.shape[0], q.shape[1], k.shape[1]
+    if lengths is None and s % 128:
+        lengths = jnp.full((b,), s, jnp.int32)
+    q, k, v = (_pad_tokens(x, 128) for x in (q, k, v))
+    q_lengths = None if lengths is None else jnp.full((b,), n, jnp.int32)
+    out = jax.nn.dot_product_attention(
+        q, k, v, implementation="cudnn", query_seq_lengths=q_lengths, key_value_seq_lengths=lengths
+    )
+    return out[:, :n]
+
+
+BACKENDS: dict[str, Callable] = {"cudnn": _cudnn, "xla": _xla, "chunked": _chunked}
+
+
+@functools.lru_cache(maxsize=64)
+def _log_choice(name: str, q_shape, k_shape, dtype):
+    log.info("attention: %s for queries %s, keys %s, %s", name, q_shape, k_shape, dtype)
+
+
+def attention(
+    q: Float[Array, "B N H K"],
+    k: Float[Array, "B S H K"],
+    v: Float[Array, "B S H K"],
+    *,
+    kv_lengths: Lengths = None,
+    key_counts: Float[Array, "S"] | None = None,
+    implementation: str | Sequence[str] | None = None,
+) -> Float[Array, "B N H K"]:
+    """softmax(q k^T / sqrt(K)) v.
+
+    Args:
+        kv_lengths: keys from this index on are padding and get no weight.
+        key_counts: key j stands for key_counts[j] equal keys (padding that a reference attends to is sent once).
+        implementation: a backend's name, or several in order; None tries all of `BACKENDS`.
+
+    Raises:
+        ValueError: an unknown backend.
+        NotImplementedError: no backend takes these inputs; the message has each one's reason.
+    """
+    names = (implementation,) if isinstance(implementation, str) else tuple(implementation or BACKENDS)
+    if unknown := [n for n in names if n not in BACKENDS]:
+        raise ValueError(f"unknown attention backends {unknown}; there are {list(BACKENDS)}")
+    head_dim = q.shape[-1]
+    if key_counts is not None:
+        q, k, v = _count_keys(q, k, v, key_counts)
+    reasons = []
+    for name in names:
+        try:
+            out = BACKENDS[name](q, k, v, kv_lengths)
+        except NotImplementedError as e:
+            reasons.append(f"{name}: {e}")
+            continue
+        _log_choice(name, q.shape, k.shape, str(q.dtype))
+        return out[..., :head_dim]
+    raise NotImplementedError(f"no attention backend takes queries {q.shape} {q.dtype}: " + "; ".join(reasons))
+
+
+def _count_keys(q, k, v, counts):
+    """Add log(count) to each key's scores through 8 further head dims, which every backend understands.
+
+    The log is split into two parts so that bfloat16 keeps it to 16 bits; K grows, so q is rescaled to keep 1/sqrt(K).
+    """
+    d, extra = q.shape[-1], 8
+    grow = ((d + extra) / d) ** 0.5
+    bias = jnp.log(counts.astype(jnp.float32)) * (d + extra) ** 0.5
+    high = bias.astype(q.dtype)
+    low = (bias - high.astype(jnp.float32)).astype(q.dtype)
+    columns = jnp.stack([high, low], -1)[None, :, None]  # 1 S 1 2
+    wide = lambda x, fill: jnp.concatenate([x, jnp.broadcast_to(fill, (*x.shape[:-1], fill.shape[-1]))], -1)
+    zeros = jnp.zeros(extra, q.dtype)
+    q = wide((q * grow).astype(q.dtype), zeros.at[:2].set(1))
+    k = wide(k, jnp.concatenate([columns, jnp.zeros((1, k.shape[1], 1, extra - 2), k.dtype)], -1))
+    return q, k, wide(v, zeros)

@@ -1,0 +1,136 @@
+"""Building blocks. B batch, N tokens, D width, H heads, K head dim, F mlp width.
+
+Compute dtype = parameter dtype of the layer; statistics are taken in float32.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+Axes = tuple[str | None, ...]
+
+
+def linear(d_in: int, d_out: int, axes: Axes, *, dtype, rngs: nnx.Rngs, bias: bool = True) -> nnx.Linear:
+    """Dense layer with logical axes (in, out) on its kernel (d_in, d_out)."""
+    return nnx.Linear(
+        d_in, d_out, use_bias=bias, dtype=dtype, param_dtype=dtype, rngs=rngs,
+        kernel_metadata={"axes": axes}, bias_metadata={"axes": axes[1:]},
+    )  # fmt: skip
+
+
+def fused_linear(d_in: int, n: int, d_out: int, axes: Axes, *, dtype, rngs: nnx.Rngs, bias: bool = True):
+    """`n` dense layers on one input as one product (q, k, v): kernel (d_in, n, d_out), axes (in, out)."""
+    return nnx.LinearGeneral(
+        d_in, (n, d_out), use_bias=bias, dtype=dtype, param_dtype=dtype, rngs=rngs,
+        kernel_metadata={"axes": (axes[0], None, axes[1])}, bias_metadata={"axes": (None, axes[1])},
+    )  # fmt: skip
+
+
+def conv(c_in: int, c_out: int, kernel: int, *, stride: int = 1, padding="SAME", dtype, rngs: nnx.Rngs) -> nnx.Conv:
+    """2D convolution, channels last, kernel (k, k, c_in, c_out)."""
+    return nnx.Conv(
+        c_in, c_out, (kernel, kernel), strides=stride, padding=padding, dtype=dtype, param_dtype=dtype, rngs=rngs,
+        kernel_metadata={"axes": (None, None, None, None)}, bias_metadata={"axes": (None,)},
+    )  # fmt: skip
+
+
+def layer_norm(x: Float[Array, "... D"], eps: float = 1e-6) -> Float[Array, "... D"]:
+    """Layer norm without affine part, statistics and result in float32."""
+    x = x.astype(jnp.float32)
+    x = x - x.mean(-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + eps)
+
+
+def modulate(x: Float[Array, "B N D"], shift: Float[Array, "B D"], scale: Float[Array, "B D"]) -> Float[Array, "B N D"]:
+    """Adaptive layer norm, norm(x) (1 + scale) + shift, in float32, returned in x's dtype."""
+    return (layer_norm(x) * (1 + scale[:, None]) + shift[:, None]).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Affine layer norm, statistics in float32."""
+
+    def __init__(self, d: int, *, eps: float, dtype):
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones(d, dtype), axes=(None,))
+        self.bias = nnx.Param(jnp.zeros(d, dtype), axes=(None,))
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        return (layer_norm(x, self.eps) * self.scale + self.bias).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * scale over the last axis, statistics in float32 (arXiv 1910.07467)."""
+
+    def __init__(self, d: int, *, eps: float, dtype):
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones(d, dtype), axes=(None,))
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        x32 = x.astype(jnp.float32)
+        return (x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + self.eps) * self.scale).astype(x.dtype)
+
+
+class Mlp(nnx.Module):
+    """Dense, activation, dense. `act` maps an array to an array of the same shape."""
+
+    def __init__(self, d: int, f: int, act: Callable, *, dtype, rngs: nnx.Rngs):
+        self.act = act
+        self.up = linear(d, f, ("embed", "mlp"), dtype=dtype, rngs=rngs)
+        self.down = linear(f, d, ("mlp", "embed"), dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        return self.down(self.act(self.up(x)))
+
+
+class TimeMlp(nnx.Module):
+    """Dense, SiLU, dense to the model's width: timestep features and pooled text."""
+
+    def __init__(self, d_in: int, d: int, *, dtype, rngs: nnx.Rngs):
+        self.up = linear(d_in, d, (None, "mlp"), dtype=dtype, rngs=rngs)
+        self.down = linear(d, d, ("mlp", "embed"), dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        return self.down(nnx.silu(self.up(x)))
+
+
+def dense32(layer: nnx.LinearGeneral, x: Float[Array, "... D"]) -> Float[Array, "... n E"]:
+    """A `fused_linear` whose sums and result are float32 (modulation), whatever the layer's dtype."""
+    kernel = layer.kernel.get_value()
+    out = jnp.einsum("...d,dne->...ne", x.astype(kernel.dtype), kernel, preferred_element_type=jnp.float32)
+    return out if layer.bias is None else out + layer.bias.get_value().astype(jnp.float32)
+
+
+def gelu_tanh(x):
+    return nnx.gelu(x, approximate=True)
+
+
+def timestep_embedding(t: Float[Array, "*S"], dim: int, max_period: float = 10000.0) -> Float[Array, "*S dim"]:
+    """Sinusoidal features [cos, sin] of timesteps (arXiv 1706.03762; the order that SD3 and its kin use), float32."""
+    # host constants, rounded as torch rounds them: at t = 1000 one ulp of a frequency moves the cosine by 1e-4
+    exponents = np.float32(-np.log(max_period)) * np.arange(dim // 2, dtype=np.float32) / np.float32(dim // 2)
+    angles = t.astype(jnp.float32)[..., None] * np.exp(exponents.astype(np.float64)).astype(np.float32)
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1)
+
+
+def stack(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs):
+    """`depth` equal modules as one module whose leaves have a leading layer axis."""
+    return jax.vmap(make)(rngs.split(depth))
+
+
+def scan_blocks(blocks: nnx.Module, carry, xs=None, *, call: Callable | None = None, unroll: bool = False):
+    """Run a stacked module: carry <- block_i(carry, xs_i), for each layer i.
+
+    The only place that knows how stacked layers are run; compile time does not grow with depth unless `unroll`.
+
+    Args:
+        blocks: a module built by `stack`.
+        carry: pytree passed from layer to layer.
+        xs: pytree of per-layer inputs with a leading layer axis, or None.
+        call: (block, carry, x) -> carry; the default calls block(carry) or block(carry, x).
+    """
+    call = call or (lambda block, c, x: block(c) if x is None else block(c, x))
+    return jax.lax.scan(lambda c, bx: (call(bx[0], c, bx[1]), None), carry, (blocks, xs), unroll=unroll or 1)[0]
