@@ -2,16 +2,17 @@
 
 A rule's source is a key template, matched whole: `blocks.{i}.attn.to_q.weight`. A placeholder that also stands in the
 target becomes part of the path; `{i}` that does not is the index into a stacked leaf. Rules run in both directions.
-Nothing is skipped: each key has exactly one rule and each element of each leaf exactly one source, or `plan` raises with
-all problems at once.
+Nothing is skipped: each key has exactly one rule and each element of each leaf exactly one source, or `plan` raises
+with all problems at once.
 """
 
 import functools
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+import ml_dtypes
 import numpy as np
 
 from convert import ops
@@ -87,12 +88,42 @@ def _slot(shape: tuple[int, ...], index: Index) -> tuple[int, ...]:
     return np.broadcast_to(np.zeros((), np.int8), shape)[index].shape
 
 
-def plan(keys: Mapping[str, Sequence[int]], rules: Sequence[Rule], targets: Mapping[str, object]) -> list[Fill]:
+def plan(
+    keys: Mapping[str, Sequence[int]],
+    rules: Sequence[Rule],
+    targets: Mapping[str, object],
+    where: Callable[[str], str] | None = None,
+) -> list[Fill]:
     """Match keys (name -> shape) with rules and leaves (dotted path -> shape and dtype).
+
+    Args:
+        where: key -> the file that holds it, for messages.
 
     Raises:
         ConversionError: unknown keys, keys with several rules, leaves without a source or with two, wrong shapes.
     """
+    fills, problems = match(keys, rules, targets, where)
+    if problems:
+        raise ConversionError(summary(problems))
+    return fills
+
+
+def summary(problems: Sequence[str], limit: int = 20) -> str:
+    """All problems as one message: one or two on one line, more as a list that ends after `limit`."""
+    if len(problems) <= 2:
+        return "; ".join(problems)
+    rest = [f"and {len(problems) - limit} more"] * (len(problems) > limit)
+    return f"{len(problems)} problems:\n  " + "\n  ".join([*problems[:limit], *rest])
+
+
+def match(
+    keys: Mapping[str, Sequence[int]],
+    rules: Sequence[Rule],
+    targets: Mapping[str, object],
+    where: Callable[[str], str] | None = None,
+) -> tuple[list[Fill], list[str]]:
+    """`plan` with the problems as a list, nothing raised."""
+    at = (lambda key: f"{where(key)}: {key}") if where else str
     sources: dict[str, list[Source]] = defaultdict(list)
     aliases: dict[str, list[Source]] = defaultdict(list)
     problems: list[str] = []
@@ -100,29 +131,29 @@ def plan(keys: Mapping[str, Sequence[int]], rules: Sequence[Rule], targets: Mapp
         hits = [(rule, hit) for rule in rules if (hit := _match(rule, key)) is not None]
         if len(hits) != 1:
             what = "no rule takes it" if not hits else f"{len(hits)} rules take it: {[r.source for r, _ in hits]}"
-            problems.append(f"{key}: {what}")
+            problems.append(f"{at(key)}: {what}")
             continue
         rule, (path, index) = hits[0]
         if path is None:
             continue
         if path not in targets:
-            problems.append(f"{key}: the model has no parameter {path}")
+            problems.append(f"{at(key)}: the model has no parameter {path}")
             continue
         (aliases if rule.alias else sources)[path].append(Source(key, rule.op, index))
     for path, extra in aliases.items():
-        if path not in sources:
-            sources[path] = extra[:1]
+        filled = {str(source.index) for source in sources[path]}
+        for source in extra:
+            if str(source.index) not in filled:
+                filled.add(str(source.index))
+                sources[path].append(source)
     fills = []
     for path, leaf in targets.items():
-        problems += _check_leaf(path, leaf, sources.get(path, []), keys, rules)
+        problems += _check_leaf(path, leaf, sources.get(path, []), keys, rules, at)
         fills.append(Fill(path, tuple(leaf.shape), np.dtype(leaf.dtype), sources.get(path, [])))
-    if problems:
-        lines = problems if len(problems) <= 20 else [*problems[:20], f"and {len(problems) - 20} more"]
-        raise ConversionError(f"{len(problems)} problem{'s' * (len(problems) > 1)}:\n  " + "\n  ".join(lines))
-    return fills
+    return fills, problems
 
 
-def _check_leaf(path: str, leaf, sources: list[Source], keys, rules: Sequence[Rule]) -> list[str]:
+def _check_leaf(path: str, leaf, sources: list[Source], keys, rules: Sequence[Rule], at) -> list[str]:
     problems, covered = [], 0
     seen: dict[str, str] = {}
     for key, op, index in sources:
@@ -130,18 +161,23 @@ def _check_leaf(path: str, leaf, sources: list[Source], keys, rules: Sequence[Ru
             got = _shape(op, keys[key])
             want = _slot(tuple(leaf.shape), index)
         except (ValueError, IndexError) as e:
-            problems.append(f"{key}: shape {tuple(keys[key])} cannot become {path} {tuple(leaf.shape)} ({op.name}: {e})")
+            problems.append(
+                f"{at(key)}: shape {tuple(keys[key])} cannot become {path} {tuple(leaf.shape)} ({op.name}: {e})"
+            )
             continue
         if got != want:
-            problems.append(f"{key}: shape {tuple(keys[key])} gives {got}, {path} wants {want} ({op.name})")
+            problems.append(f"{at(key)}: shape {tuple(keys[key])} gives {got}, {path} wants {want} ({op.name})")
         if (where := str(index)) in seen:
-            problems.append(f"{key}: {path}{list(index)} already comes from {seen[where]}")
+            problems.append(f"{at(key)}: {path}{list(index)} already comes from {seen[where]}")
         seen[where] = key
         covered += int(np.prod(want))
     if not problems and covered != int(np.prod(leaf.shape)):
-        missing = [k for r in rules if not r.alias for k, p, i in expand(r, {path: leaf}) if str(i) not in seen]
-        problems.append(f"{path}: missing {', '.join(missing[:4])}{' ...' * (len(missing) > 4)}" if missing
-                        else f"{path}: no rule fills it")  # fmt: skip
+        missing = [k for r in rules if not r.alias for k, _, i in expand(r, {path: leaf}) if str(i) not in seen]
+        if missing:
+            more = f" (and {len(missing) - 1} more of its sources)" if len(missing) > 1 else ""
+            problems.append(f"{at(missing[0])}: missing, {path} needs it{more}")
+        else:
+            problems.append(f"{path}: {'its sources overlap' if covered else 'no rule fills it'}")
     return problems
 
 
@@ -166,16 +202,45 @@ def expand(rule: Rule, targets: Mapping[str, object]) -> list[tuple[str, str, In
     return out
 
 
+_NARROW = {np.dtype(d) for d in (ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2)}
+
+
+def common_dtype(dtypes: Iterable[np.dtype]) -> np.dtype:
+    """The one dtype of `dtypes`; where they differ, the smallest of bfloat16, float32, float64 that holds them all."""
+    kinds = {np.dtype(d) for d in dtypes}
+    if len(kinds) == 1:
+        return kinds.pop()
+    if kinds <= _NARROW:
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(np.float64 if np.dtype(np.float64) in kinds else np.float32)
+
+
+TILE = 256
+
+
+def _copy(out: np.ndarray, value: np.ndarray) -> None:
+    """out[...] = value; a transposition goes in tiles that stay in the cache (4 times as fast on large matrices)."""
+    if value.ndim < 2 or value.strides[-1] == value.itemsize:
+        out[...] = value
+        return
+    for r in range(0, value.shape[-2], TILE):
+        for c in range(0, value.shape[-1], TILE):
+            out[..., r : r + TILE, c : c + TILE] = value[..., r : r + TILE, c : c + TILE]
+
+
 def fill(f: Fill, read: Callable[[str], np.ndarray], dtype: np.dtype | None = None) -> np.ndarray:
-    """Build one leaf on the host: reads its sources one after another. `dtype` None keeps the sources' own."""
+    """Build one leaf on the host, its sources read one after another. `dtype` None: what holds all of them exactly."""
     out: np.ndarray | None = None
     for key, op, index in f.sources:
         value = op.forward(read(key))
         if out is None:
-            if len(f.sources) == 1 and value.shape == f.shape:
-                return np.ascontiguousarray(value, dtype=dtype)
+            whole = len(f.sources) == 1 and value.shape == f.shape
+            if whole and value.flags.c_contiguous and value.dtype == (dtype or value.dtype):
+                return value
             out = np.empty(f.shape, dtype or value.dtype)
-        out[index] = value
+        elif dtype is None and value.dtype != out.dtype:
+            out = out.astype(common_dtype((out.dtype, value.dtype)), copy=False)
+        _copy(out[(*index, ...)], value)
     assert out is not None  # plan() has checked that each leaf has a source
     return out
 

@@ -1,0 +1,208 @@
+"""Conversion of whole checkpoints: PyTorch layouts to jdit, and jdit (or PyTorch) to diffusers or original layout."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert import registry, stream, tokenizers, write
+from convert.hub import resolve
+from convert.layout import detect
+from convert.source import Source, open_source
+from convert.table import ConversionError, summary
+from jdit import checkpoint, zoo
+from jdit.atomic import whole, write_file
+from jdit.checkpoint import Leaf
+
+Progress = Callable[[str, int, int], None]  # (what, bytes done, bytes in all)
+
+
+def convert(
+    src: str | Path,
+    dst: str | Path,
+    *,
+    dtype: str | None = None,
+    only: Iterable[str] = (),
+    check: bool = False,
+    to: str = "jdit",
+    overwrite: bool = False,
+    parts: Mapping[str, str | Path] | None = None,
+    progress: Progress | None = None,
+) -> str:
+    """Convert a checkpoint.
+
+    Args:
+        src: anything that `jdit.load` takes. dst: a folder that does not exist yet (a file for to="original").
+        dtype: of floating-point tensors; None keeps each as it is stored.
+        only: component names; none is all. check: read back and compare every tensor with its source.
+        to: "jdit", "diffusers", or "original" (one safetensors file with the release's own names).
+
+    Returns:
+        One line that says what was written.
+
+    Raises:
+        ConversionError, CheckpointError: with file and tensor, before anything is written where possible.
+    """
+    path = place(src)
+    is_jdit = path.is_dir() and detect(path).kind == "jdit"
+    if to == "jdit":
+        if is_jdit:
+            raise ConversionError(f"{src} is a jdit checkpoint already; give --to diffusers or --to original")
+        source = open_source(path, parts=parts, plan=zoo.BUNDLED.get(str(src)))
+        return _to_jdit(_only(source, only), str(src), Path(dst), dtype, check, overwrite, progress)
+    if not is_jdit:
+        raise ConversionError(f"{src}: --to {to} takes a jdit checkpoint; convert to one first")
+    return _back(path, Path(dst), to, dtype, set(only), overwrite, check, progress)
+
+
+def place(src: str | Path) -> Path:
+    if str(src) in zoo.BUNDLED and not Path(src).exists():
+        return Path(zoo.__file__).parent / "assets" / str(src)
+    return resolve(src)
+
+
+def _only(source: Source, only: Iterable[str]) -> Source:
+    wanted = set(only)
+    if unknown := sorted(wanted - set(source.parts)):
+        raise ConversionError(f"{source.path} has no component {', '.join(unknown)}; it has {', '.join(source.parts)}")
+    if wanted:
+        source.parts = {n: p for n, p in source.parts.items() if n in wanted}
+    return source
+
+
+def targets(cfg: Any) -> dict:
+    """The leaves of a config, without placement."""
+    return registry.of_config(cfg).targets(cfg)
+
+
+def _to_jdit(source: Source, name: str, dst: Path, dtype, check: bool, overwrite: bool, progress) -> str:
+    digests = {n: stream.Digest() for n in source.parts}
+    components: dict[str, list[Leaf]] = {}
+    problems: list[str] = []
+    for n, part in source.parts.items():
+        if found := stream.problems(part.reader, part.rules, targets(part.cfg)):
+            problems += found
+        else:
+            components[n] = stream.convert_component(part.reader, part.rules, targets(part.cfg), dtype, digests[n])
+    if problems:
+        raise ConversionError(summary(problems))
+    meta = lambda: {
+        **description(source),
+        "source": {"name": Path(name).name if Path(name).exists() else name,
+                   "tensors_sha256": {n: d.hexdigest() for n, d in digests.items()}},
+    }  # fmt: skip
+    tokens = {n: tokenizers.dumps(t) for n, t in source.tokenizers.items()}
+    on_leaf = _leaf_progress(components, progress, "write")
+    checkpoint.save(dst, meta, components, tokens, overwrite=overwrite, on_leaf=on_leaf)
+    size = sum(_bytes(leaf) for leaves in components.values() for leaf in leaves)
+    line = f"{dst}: {', '.join(components)}, {size / 1e9:.2f} GB"
+    if check:
+        wrong: list[str] = []
+        seen = _leaf_progress(components, progress, "check")
+        for n, part in source.parts.items():
+            by = {leaf.path: leaf for leaf in components[n]}
+            tell = (lambda p, n=n, by=by: seen(n, by[p])) if seen else None
+            wrong += stream.check(checkpoint.stored(dst, n), part.reader, part.rules, targets(part.cfg), dtype, tell)
+        if wrong:
+            raise ConversionError(summary(wrong))
+        line += "; every tensor agrees with its source"
+    source.close()
+    return line
+
+
+def description(source: Source) -> dict[str, Any]:
+    """jdit.json's account of a source."""
+    return {
+        "family": source.family, "variant": source.variant,
+        "configs": {n: registry.describe(p.cfg) for n, p in source.parts.items()},
+        "scheduler": dict(source.scheduler), "plan": dataclasses.asdict(source.plan),
+    }  # fmt: skip
+
+
+def _bytes(leaf: Leaf) -> int:
+    return math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
+
+
+def _leaf_progress(components: Mapping[str, Sequence[Leaf]], progress: Progress | None, what: str):
+    if progress is None:
+        return None
+    total = sum(_bytes(leaf) for leaves in components.values() for leaf in leaves)
+    done = 0
+
+    def on_leaf(name: str, leaf: Leaf):
+        nonlocal done
+        progress(f"{what} {name}", done, total)
+        done += _bytes(leaf)
+
+    return on_leaf
+
+
+def _back(path: Path, dst: Path, to: str, dtype, only: set[str], overwrite: bool, check: bool, progress) -> str:
+    meta = checkpoint.read_meta(path)
+    configs = {n: registry.from_description(c) for n, c in meta["configs"].items()}
+    if unknown := sorted(only - set(configs)):
+        raise ConversionError(f"{path} has no component {', '.join(unknown)}; it has {', '.join(configs)}")
+    configs = {n: c for n, c in configs.items() if not only or n in only}
+    stored = {n: checkpoint.stored(path, n) for n in configs}
+    if to == "original":
+        return _to_original(meta, configs, stored, dst, dtype, overwrite, progress)
+    family = registry.FAMILIES[meta["family"]]
+    index: dict[str, Any] = {"_class_name": family.pipelines[0], "_diffusers_version": "0.42.1"}
+    with whole(dst, overwrite=overwrite) as part:
+        for n, upstream_class in family.components.items():
+            if n not in configs:
+                index[n] = [None, None]
+                continue
+            component, library = registry.of_config(configs[n]), registry.LIBRARY[upstream_class]
+            stem = "model" if library == "transformers" else "diffusion_pytorch_model"
+            tell = (lambda key, n=n: progress(f"write {n}", 0, 1)) if progress else None
+            config = component.upstream_config(configs[n])
+            write.write_back(part / n, stored[n], component.rules(configs[n]), config, stem=stem, dtype=dtype, on_tensor=tell)
+            index[n] = [library, upstream_class]
+        for n, upstream_class in family.tokenizers.items():
+            if n in meta.get("tokenizers", ()):
+                tokenizers.export(tokenizers.load(path / n), part / n)
+                index[n] = ["transformers", upstream_class]
+            else:
+                index[n] = [None, None]
+        (part / "scheduler").mkdir()
+        write_file(part / "scheduler" / "scheduler_config.json", json.dumps(meta["scheduler"], indent=2) + "\n")
+        index["scheduler"] = ["diffusers", meta["scheduler"]["_class_name"]]
+        write_file(part / "model_index.json", json.dumps(index, indent=2) + "\n")
+    line = f"{dst}: {', '.join(configs)} in diffusers layout"
+    if check:
+        _check_back(open_source(dst), stored, dtype)
+        line += "; every tensor agrees with its source"
+    return line
+
+
+def _check_back(written: Source, stored: Mapping[str, Mapping[str, checkpoint.Stored]], dtype):
+    """Read the PyTorch files that were written as a source, and compare with the checkpoint that they came from."""
+    wrong: list[str] = []
+    for n, part in written.parts.items():
+        cast = {k: v if dtype is None else np.asarray(v[...]).astype(dtype) for k, v in stored[n].items()}
+        wrong += stream.check(cast, part.reader, part.rules, targets(part.cfg), dtype)
+    written.close()
+    if wrong:
+        raise ConversionError(summary(wrong))
+
+
+def _to_original(meta, configs, stored, dst: Path, dtype, overwrite: bool, progress) -> str:
+    originals = registry.ORIGINALS[meta["family"]]
+    if dst.suffix != ".safetensors":
+        raise ConversionError(f"{dst}: --to original writes one file; its name must end in .safetensors")
+    if dst.exists() and not overwrite:
+        raise checkpoint.CheckpointError(f"{dst} exists already; ask to overwrite it, or choose another name")
+    tensors = []
+    for n, cfg in configs.items():
+        prefix = originals[n].prefix
+        tensors += [
+            t._replace(key=prefix + t.key) for t in write.outputs(stored[n], originals[n].rules(cfg), dtype)
+        ]
+    write.write_tensors(dst, tensors, (lambda key: progress("write", 0, 1)) if progress else None)
+    return f"{dst}: {', '.join(configs)} in original layout"
+

@@ -1,0 +1,81 @@
+"""Architectures read off the shapes of original single files, which carry no config (SD3's encoders and autoencoder).
+
+What shapes cannot tell (heads of 64, activations, the scale and shift of latents) is what all published files of the
+family share.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+
+from convert.table import ConversionError
+from jdit.nn.text.clip import LEGACY_EOS, CLIPTextConfig
+from jdit.nn.text.t5 import T5Config
+from jdit.nn.vae.autoencoder_kl import AutoencoderKLConfig
+
+Shapes = Mapping[str, Sequence[int]]
+HEAD_DIM = 64
+
+
+def _layers(shapes: Shapes, template: str) -> int:
+    pattern = re.compile(re.escape(template).replace(r"\{i\}", r"(\d+)") + r"\.")
+    return 1 + max((int(m[1]) for k in shapes if (m := pattern.match(k))), default=-1)
+
+
+def _need(shapes: Shapes, key: str, what: str) -> Sequence[int]:
+    if key not in shapes:
+        raise ConversionError(f"not a {what}: tensor {key} is missing")
+    return shapes[key]
+
+
+def clip_config(shapes: Shapes, *, act: str) -> CLIPTextConfig:
+    """CLIP text tower by its keys below `text_encoders.clip_?.transformer.`.
+
+    Raises:
+        ConversionError: a tensor that the architecture is read from is missing.
+    """
+    vocab, width = _need(shapes, "text_model.embeddings.token_embedding.weight", "CLIP text encoder")
+    positions = _need(shapes, "text_model.embeddings.position_embedding.weight", "CLIP text encoder")[0]
+    mlp = _need(shapes, "text_model.encoder.layers.0.mlp.fc1.weight", "CLIP text encoder")[0]
+    projection = shapes["text_projection.weight"][0] if "text_projection.weight" in shapes else width
+    return CLIPTextConfig(
+        vocab_size=vocab, width=width, mlp=mlp, layers=_layers(shapes, "text_model.encoder.layers.{i}"),
+        heads=max(1, width // HEAD_DIM), max_positions=positions, act=act, projection=projection,
+        eos_token_id=LEGACY_EOS,
+    )  # fmt: skip
+
+
+def t5_config(shapes: Shapes) -> T5Config:
+    """T5 v1.1 encoder by its keys below `text_encoders.t5xxl.transformer.`.
+
+    Raises:
+        ConversionError: a tensor that the architecture is read from is missing.
+    """
+    table = "encoder.embed_tokens.weight" if "shared.weight" not in shapes else "shared.weight"
+    vocab, width = _need(shapes, table, "T5 encoder")
+    first = "encoder.block.0.layer.0.SelfAttention"
+    buckets, heads = _need(shapes, f"{first}.relative_attention_bias.weight", "T5 encoder")
+    inner = _need(shapes, f"{first}.q.weight", "T5 encoder")[0]
+    mlp = _need(shapes, "encoder.block.0.layer.1.DenseReluDense.wi_0.weight", "T5 v1.1 encoder")[0]
+    return T5Config(
+        vocab_size=vocab, width=width, kv=inner // heads, heads=heads, mlp=mlp,
+        layers=_layers(shapes, "encoder.block.{i}"), buckets=buckets,
+    )  # fmt: skip
+
+
+def vae_config(shapes: Shapes) -> AutoencoderKLConfig:
+    """SD3's autoencoder by its keys below `first_stage_model.`.
+
+    Raises:
+        ConversionError: a tensor that the architecture is read from is missing.
+    """
+    what = "Stable Diffusion 3 autoencoder"
+    levels = _layers(shapes, "encoder.down.{i}")
+    channels = [_need(shapes, f"encoder.down.{i}.block.0.conv1.weight", what)[0] for i in range(levels)]
+    return AutoencoderKLConfig(
+        in_channels=_need(shapes, "encoder.conv_in.weight", what)[1],
+        out_channels=_need(shapes, "decoder.conv_out.weight", what)[0],
+        channels=tuple(channels), layers=_layers(shapes, "encoder.down.0.block.{i}"),
+        latent_channels=_need(shapes, "decoder.conv_in.weight", what)[1],
+        quant_conv="quant_conv.weight" in shapes, post_quant_conv="post_quant_conv.weight" in shapes,
+        mid_attention="encoder.mid.attn_1.q.weight" in shapes,
+    )  # fmt: skip

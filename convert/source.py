@@ -1,0 +1,203 @@
+"""A PyTorch checkpoint opened, whatever its layout: components with their configs, tables and readers; no weights read."""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from convert import registry, tokenizers
+from convert.hub import resolve
+from convert.layout import Layout, detect, read_json, recognise
+from convert.readers import Reader, Tensor, open_files, open_folder, open_weights
+from convert.table import ConversionError, Rule
+from jdit import zoo
+from jdit.nn.text.tokenizer import Tokenizer
+from jdit.structs import Plan
+
+log = logging.getLogger("jdit")
+
+TOKENIZER_OF = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2", "text_encoder_3": "tokenizer_3"}
+BESIDE = {  # where the files of a release that are not in its main file lie beside it
+    "text_encoder": ("clip_l.safetensors",), "text_encoder_2": ("clip_g.safetensors",),
+    "text_encoder_3": ("t5xxl_fp16.safetensors", "t5xxl.safetensors", "t5xxl_fp8_e4m3fn.safetensors",
+                       "t5xxl_fp8_e4m3fn_scaled.safetensors"),
+}  # fmt: skip
+
+
+@dataclasses.dataclass
+class Part:
+    """One component: what it is and where its tensors are.
+
+    Attributes:
+        cfg: our config. rules: the table between `reader`'s keys and our leaves.
+    """
+
+    cfg: Any
+    rules: Sequence[Rule]
+    reader: Reader
+
+
+@dataclasses.dataclass
+class Source:
+    """An opened checkpoint.
+
+    Attributes:
+        parts: upstream's component name -> Part. scheduler: scheduler_config.json, the family's own where there is none.
+        variant: a name of the zoo, or None.
+    """
+
+    path: Path
+    family: str
+    variant: str | None
+    parts: dict[str, Part]
+    tokenizers: dict[str, Tokenizer]
+    scheduler: dict[str, Any]
+    plan: Plan
+
+    def close(self):
+        for part in self.parts.values():
+            part.reader.close()
+
+
+def open_source(
+    source: str | Path, *, parts: Mapping[str, str | Path] | None = None, plan: Plan | None = None
+) -> Source:
+    """Open a diffusers folder, a component folder, an original release (file or folder), or a hub id.
+
+    Args:
+        parts: component or tokenizer name -> file or folder to take it from instead.
+        plan: how it is run; None is the recognised variant's.
+
+    Raises:
+        ConversionError: nothing there, an unknown layout or component, or files that cannot be read; all that was found.
+    """
+    path = resolve(source)
+    layout = detect(path)
+    if layout.kind == "jdit":
+        raise ConversionError(f"{path} is a jdit checkpoint already, not a PyTorch one")
+    family, found, tokens, scheduler = _OPENERS[layout.kind](layout)
+    names = registry.FAMILIES[family]
+    for name, place in (parts or {}).items():
+        if name in names.components:
+            found[name] = _replacement(family, name, Path(place))
+        elif name in names.tokenizers:
+            tokens[name] = tokenizers.load(Path(place))
+        else:
+            raise ConversionError(f"{family} has no part {name!r}; it has {[*names.components, *names.tokenizers]}")
+    variant = zoo.recognise({n: p.cfg for n, p in found.items()}, f"{source} {path.name}")
+    known = zoo.VARIANTS[variant] if variant else None
+    scheduler = scheduler or dict(names.scheduler)
+    plan = plan or (known.plan if known else Plan())
+    return Source(path, family, variant, found, tokens, scheduler, plan)
+
+
+def _component(folder: Path, upstream_class: str) -> Part:
+    component = registry.COMPONENTS[upstream_class]
+    try:
+        cfg = component.config(read_json(folder / "config.json"))
+    except (ValueError, TypeError) as e:
+        raise ConversionError(f"{folder / 'config.json'}: {e}") from None
+    return Part(cfg, component.rules(cfg), open_folder(folder))
+
+
+def _open_pipeline(layout: Layout):
+    pipeline = layout.config.get("_class_name")
+    family = next((f for f, known in registry.FAMILIES.items() if pipeline in known.pipelines), None)
+    if family is None:
+        known = sorted(p for f in registry.FAMILIES.values() for p in f.pipelines)
+        raise ConversionError(f"{layout.path / 'model_index.json'}: {pipeline!r} is not supported; supported: {known}")
+    parts, tokens, scheduler, problems = {}, {}, {}, []
+    named = {n: v for n, v in layout.config.items() if isinstance(v, list) and v and v[0] is not None}
+    for name in named:
+        if name not in layout.parts:
+            problems.append(f"{layout.path / name}: the folder that model_index.json names is missing")
+    for name, (_, upstream_class, folder) in layout.parts.items():
+        try:
+            if name == "scheduler":
+                scheduler = read_json(folder / "scheduler_config.json")
+            elif name in registry.FAMILIES[family].tokenizers:
+                tokens[name] = tokenizers.load(folder)
+            elif upstream_class in registry.COMPONENTS and name in registry.FAMILIES[family].components:
+                parts[name] = _component(folder, upstream_class)
+            else:
+                log.warning("%s: %s (%s) is not used by %s", layout.path, name, upstream_class, family)
+        except ValueError as e:
+            problems.append(str(e))
+    if problems:
+        raise ConversionError("; ".join(problems) if len(problems) < 3 else "\n  ".join([f"{len(problems)} problems:", *problems]))  # noqa: E501
+    return family, parts, tokens, scheduler
+
+
+def _open_component(layout: Layout):
+    name = layout.config.get("_class_name") or (layout.config.get("architectures") or [None])[0]
+    for family, known in registry.FAMILIES.items():
+        for part, upstream_class in known.components.items():
+            if upstream_class == name:
+                return family, {part: _component(layout.path, name)}, {}, {}
+    raise ConversionError(f"{layout.path / 'config.json'}: {name!r} is not supported; supported: {sorted(registry.COMPONENTS)}")
+
+
+def _original(family: str, name: str, reader: Reader) -> Part:
+    original = registry.ORIGINALS[family][name]
+    if original.implied is not None:
+        shapes = reader.keys()
+        cfg = original.config(shapes)
+        extra = original.implied(cfg, shapes)
+        tensors = {k: Tensor(v.shape, v.dtype, reader.name, lambda v=v: v) for k, v in extra.items()}
+        reader = Reader(reader.name, {**reader.tensors, **tensors}, reader.files)
+    cfg = original.config(reader.keys())
+    return Part(cfg, original.rules(cfg), reader)
+
+
+def _from_readers(readers: Sequence[Reader], path: Path):
+    found: dict[str, Part] = {}
+    family = ""
+    for reader in readers:
+        for name, (signature, part) in recognise(reader, registry.SIGNATURES, registry.IGNORED_PREFIXES).items():
+            if name in found:
+                raise ConversionError(f"{reader.name}: a second {name}; {found[name].reader.name} has one")
+            family = signature.family
+            found[name] = _original(family, name, part)
+    return family, found
+
+
+def _open_file(layout: Layout):
+    family, found = _from_readers([open_weights(layout.path)], layout.path)
+    tokens = _beside(layout.path.parent, family, found)
+    return family, found, tokens, {}
+
+
+def _beside(folder: Path, family: str, found: dict[str, Part]) -> dict[str, Tokenizer]:
+    """Fill in what lies beside a single file: text_encoders/clip_l.safetensors and its kin, tokenizer folders."""
+    for name, files in BESIDE.items():
+        for file in (folder / sub / f for f in files for sub in ("text_encoders", ".")):
+            if name not in found and "transformer" in found and file.is_file():
+                log.info("%s is taken from %s", name, file)
+                found[name] = _original(family, name, open_weights(file))
+    names = registry.FAMILIES[family].tokenizers
+    return {n: tokenizers.load(folder / n) for n in names if (folder / n).is_dir()}
+
+
+def _open_original(layout: Layout):
+    family, found = _from_readers([open_files([f]) for f in layout.files], layout.path)
+    return family, found, _beside(layout.path, family, found), {}
+
+
+def _replacement(family: str, name: str, place: Path) -> Part:
+    layout = detect(place)
+    if layout.kind == "component":
+        return _component(layout.path, registry.FAMILIES[family].components[name])
+    if layout.kind == "file":
+        reader = open_weights(place)
+        split = recognise(reader, registry.SIGNATURES, registry.IGNORED_PREFIXES)
+        if name not in split:
+            raise ConversionError(f"{place}: holds {sorted(split)}, not {name}")
+        return _original(family, name, split[name][1])
+    raise ConversionError(f"{place}: {name} must be a weight file or a folder with config.json")
+
+
+_OPENERS: dict[str, Callable[[Layout], tuple[str, dict[str, Part], dict[str, Tokenizer], dict[str, Any]]]] = {
+    "pipeline": _open_pipeline, "component": _open_component, "file": _open_file, "original": _open_original,
+}  # fmt: skip
+

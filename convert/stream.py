@@ -1,0 +1,177 @@
+"""Leaves made from the tensors of a checkpoint, one after another: into memory, into a jdit checkpoint; and the check.
+
+Everything is planned from the headers first, so that all problems are known before any weight is read.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array
+
+from convert.readers import Reader
+from convert.table import Fill, Rule, Source, common_dtype, fill, match, plan
+from jdit.checkpoint import Leaf, Stored, block_rows
+from jdit.sharding import Path, dotted
+
+Targets = Mapping[Path, jax.ShapeDtypeStruct]
+
+
+class Digest:
+    """SHA-256 over the tensors that were read, in whatever order: (key, dtype, shape, bytes) sorted by key."""
+
+    def __init__(self):
+        self._tensors: dict[str, str] = {}
+
+    def add(self, key: str, array: np.ndarray) -> None:
+        h = hashlib.sha256(f"{key} {array.dtype} {array.shape}".encode())
+        h.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        self._tensors[key] = h.hexdigest()
+
+    def hexdigest(self) -> str:
+        return hashlib.sha256("\n".join(f"{k} {v}" for k, v in sorted(self._tensors.items())).encode()).hexdigest()
+
+
+def _plan(reader: Reader, rules: Sequence[Rule], targets: Targets) -> list[tuple[Path, Fill]]:
+    fills = plan(reader.keys(), rules, {dotted(p): leaf for p, leaf in targets.items()}, reader.where)
+    return list(zip(targets, fills, strict=True))
+
+
+def problems(reader: Reader, rules: Sequence[Rule], targets: Targets) -> list[str]:
+    """Everything that keeps a checkpoint from filling a module, from the headers alone."""
+    return match(reader.keys(), rules, {dotted(p): leaf for p, leaf in targets.items()}, reader.where)[1]
+
+
+def _stored_dtype(reader: Reader, f: Fill, dtype: DTypeLike | None) -> np.dtype:
+    own = common_dtype(reader.tensors[s.key].dtype for s in f.sources)
+    return np.dtype(jnp.dtype(dtype)) if dtype is not None and jnp.issubdtype(own, jnp.floating) else own
+
+
+def _split(f: Fill, rows: int) -> Iterator[Fill]:
+    """A stacked leaf as fills of `rows` layers each; any other leaf as one."""
+    if not f.shape or any(not s.index or not isinstance(s.index[0], int) for s in f.sources):
+        yield f
+        return
+    for start in range(0, f.shape[0], rows):
+        n = min(rows, f.shape[0] - start)
+        part = [
+            Source(s.key, s.op, (s.index[0] - start, *s.index[1:])) for s in f.sources if 0 <= s.index[0] - start < n
+        ]
+        yield Fill(f.path, (n, *f.shape[1:]), f.dtype, part)
+
+
+def _blocks(f: Fill, read: Callable[[str], np.ndarray], dtype: np.dtype) -> Callable[[int], Iterator[np.ndarray]]:
+    def blocks(rows: int) -> Iterator[np.ndarray]:
+        for part in _split(f, rows):
+            array = fill(part, read, dtype)
+            if not array.ndim:
+                yield array
+            else:
+                for i in range(0, array.shape[0], rows):
+                    yield array[i : i + rows]
+
+    return blocks
+
+
+def convert_component(
+    reader: Reader,
+    rules: Sequence[Rule],
+    targets: Targets,
+    dtype: DTypeLike | None = None,
+    digest: Digest | None = None,
+) -> list[Leaf]:
+    """The leaves of a component for `checkpoint.save`: planned now, read when they are written.
+
+    Args:
+        dtype: what floating-point leaves are cast to; None keeps each as it is stored (where the sources of one leaf
+            differ, the smallest dtype that holds them all).
+        digest: takes in every tensor as it is read.
+
+    Raises:
+        ConversionError: keys and leaves that do not fit, all of them.
+    """
+
+    def read(key: str) -> np.ndarray:
+        array = reader.read(key)
+        if digest is not None:
+            digest.add(key, array)
+        return array
+
+    leaves = []
+    for path, f in _plan(reader, rules, targets):
+        own = _stored_dtype(reader, f, dtype)
+        leaves.append(Leaf(path, f.shape, own, _blocks(f, read, own)))
+    return leaves
+
+
+def load_leaves(
+    reader: Reader,
+    rules: Sequence[Rule],
+    targets: Targets,
+    *,
+    dtype: DTypeLike | None = None,
+    on_leaf: Callable[[Path], None] | None = None,
+) -> dict[Path, Array]:
+    """Read a component into memory, each leaf put to its target's sharding before the next is read.
+
+    Args:
+        targets: path -> shape, dtype and (optional) sharding; see `sharding.abstract`.
+        dtype: of all floating-point leaves; None is each target's own.
+        on_leaf: called before each leaf, for progress.
+
+    Raises:
+        ConversionError: keys and leaves that do not fit, all of them, before anything is read.
+    """
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    out = {}
+    for path, f in _plan(reader, rules, targets):
+        if on_leaf is not None:
+            on_leaf(path)
+        host = fill(f, reader.read, _stored_dtype(reader, f, f.dtype if dtype is None else dtype))
+        sharding = targets[path].sharding or here
+        out[path] = jax.block_until_ready(jax.make_array_from_callback(f.shape, sharding, lambda i, host=host: host[i]))
+    return out
+
+
+def check(
+    leaves: Mapping[str, Stored | np.ndarray],
+    reader: Reader,
+    rules: Sequence[Rule],
+    targets: Targets,
+    dtype: DTypeLike | None = None,
+    on_leaf: Callable[[Path], None] | None = None,
+) -> list[str]:
+    """Compare what was written with every source tensor, bit by bit, after op and cast.
+
+    Args:
+        leaves: dotted path -> array; `checkpoint.stored(folder, component)`.
+        dtype: the dtype that the conversion was asked for.
+
+    Returns:
+        One line a mismatch, naming file, tensor and parameter; empty if all agree.
+    """
+    out = []
+    for path, f in _plan(reader, rules, targets):
+        if on_leaf is not None:
+            on_leaf(path)
+        got, own = leaves.get(f.path), _stored_dtype(reader, f, dtype)
+        if got is None or got.shape != f.shape or got.dtype != own:
+            what = "missing" if got is None else f"{got.dtype}{list(got.shape)}"
+            out.append(f"{f.path}: {what}, {own}{list(f.shape)} is due")
+            continue
+        for key, op, index in f.sources:
+            want = np.asarray(op.forward(reader.read(key)), own)
+            rows = block_rows(want.shape, own)
+            parts = [slice(i, i + rows) for i in range(0, want.shape[0], rows)] if f.shape and not index else [...]
+            wrong = sum(_different(want[p], np.asarray(got[index or p])) for p in parts)
+            if wrong:
+                out.append(f"{reader.where(key)}: {key}: {wrong} of {want.size} values differ in {f.path}")
+    return out
+
+
+def _different(a: np.ndarray, b: np.ndarray) -> int:
+    bits = f"u{a.dtype.itemsize}"
+    return int(np.count_nonzero(np.ascontiguousarray(a).view(bits) != np.ascontiguousarray(b).view(bits)))

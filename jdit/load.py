@@ -1,0 +1,153 @@
+"""load(source) -> Pipeline: a bundled name, a jdit checkpoint, a PyTorch checkpoint in any layout, or a hub id."""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from convert import registry, stream, tokenizers
+from convert.hub import resolve
+from convert.layout import detect
+from convert.source import Source, open_source
+from jdit import checkpoint, sharding, zoo
+from jdit.pipeline.base import Parts, Pipeline
+from jdit.pipeline.executor import Weights
+from jdit.pipeline.sd3 import StableDiffusion3
+from jdit.sharding import Rules
+from jdit.structs import Plan
+
+log = logging.getLogger("jdit")
+
+PIPELINES: dict[str, type[Pipeline]] = {"sd3": StableDiffusion3}
+ASSETS = Path(__file__).parent / "assets"
+DTYPES = ("bfloat16", "float16", "float32")
+OnComponent = Callable[[str], None]
+
+
+@dataclasses.dataclass
+class Opened:
+    """A source whose configs are known and whose weights are not read yet: a `parts` and how to get each component."""
+
+    parts: Parts
+    leaves: Callable[[str, dict], dict]
+
+    def pipeline(
+        self, *, mesh: Mesh | None = None, rules: Rules | None = None, dtype: str = "bfloat16",
+        on_component: OnComponent | None = None,
+    ) -> Pipeline:  # fmt: skip
+        """Read the weights. See `load`."""
+        check_dtype(dtype)
+        placed = {n: registry.placed(c, dtype, rules or Rules()) for n, c in self.parts.configs.items()}
+        parts = dataclasses.replace(self.parts, configs=placed)
+
+        def read(name: str) -> nnx.Module:
+            if on_component:
+                on_component(name)
+            make = registry.of_config(placed[name]).make(placed[name])
+            _, targets = sharding.abstract(make, mesh, rules)
+            return sharding.assemble(make, self.leaves(name, targets))
+
+        waiting = _waiting(placed, mesh)
+        if waiting:
+            log.info("the device is short of memory: %s are read for their stage and freed after it", ", ".join(waiting))
+        weights = Weights(
+            {n: read(n) for n in placed if n not in waiting}, {n: (lambda n=n: read(n)) for n in waiting}
+        )
+        return PIPELINES[parts.family](parts, weights, mesh=mesh)
+
+    def dry(self) -> Pipeline:
+        """The pipeline without weights: it checks sizes and arguments."""
+        return PIPELINES[self.parts.family](self.parts, Weights({}))
+
+
+def check_dtype(dtype: str):
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r}; there are {', '.join(DTYPES)}")
+
+
+def load(
+    source: str | Path = zoo.DEFAULT,
+    *,
+    mesh: Mesh | None = None,
+    rules: Rules | None = None,
+    dtype: str = "bfloat16",
+    parts: Mapping[str, str | Path] | None = None,
+) -> Pipeline:
+    """Load a model.
+
+    Args:
+        source: a bundled name (`jdit models` lists them), a jdit checkpoint, a diffusers folder, an original single file
+            or release folder, or a hub id ("org/name[@revision]": the local cache first).
+        mesh: devices to spread over (`jdit.make_mesh`); None is one device. rules: which logical axis goes where.
+        dtype: of weights and computation; statistics stay float32.
+        parts: component or tokenizer name -> file or folder to take it from instead ("text_encoder_3": "t5xxl.safetensors").
+
+    Raises:
+        ValueError: a source that is not there, is incomplete or broken; the message names file and tensor.
+    """
+    check_dtype(dtype)
+    return open_model(source, parts=parts).pipeline(mesh=mesh, rules=rules, dtype=dtype)
+
+
+def open_model(source: str | Path, *, parts: Mapping[str, str | Path] | None = None) -> Opened:
+    """Find out what a source is, without reading weights. See `load`."""
+    if str(source) in zoo.BUNDLED and not Path(source).exists():
+        plan = zoo.BUNDLED[str(source)]
+        return _opened(open_source(ASSETS / str(source), parts=parts, plan=plan), str(source))
+    path = resolve(source)
+    if detect(path).kind == "jdit":
+        if parts:
+            raise ValueError("parts goes with PyTorch checkpoints; a jdit checkpoint has all of its own")
+        return _opened_jdit(path)
+    return _opened(open_source(source, parts=parts), None)
+
+
+def _opened(source: Source, name: str | None) -> Opened:
+    def leaves(component: str, targets: dict) -> dict:
+        part = source.parts[component]
+        return stream.load_leaves(part.reader, part.rules, targets)
+
+    configs = {n: p.cfg for n, p in source.parts.items()}
+    variant = name or source.variant
+    if lacks := {"transformer", "vae"} - configs.keys():
+        raise ValueError(f"{source.path}: {' and '.join(sorted(lacks))} not found, only {sorted(configs)}; give parts=")
+    parts = Parts(source.family, variant, configs, source.tokenizers, source.scheduler, source.plan)
+    return Opened(parts, leaves)
+
+
+def _opened_jdit(path: Path) -> Opened:
+    meta = checkpoint.read_meta(path)
+    family = meta.get("family")
+    if family not in PIPELINES:
+        raise checkpoint.CheckpointError(f"{path}: family {family!r} is not known; there are {sorted(PIPELINES)}")
+    try:
+        configs = {n: registry.from_description(c) for n, c in meta["configs"].items()}
+        parts = Parts(
+            family, meta["variant"], configs,
+            {n: tokenizers.load(path / n) for n in meta.get("tokenizers", ())}, meta["scheduler"], Plan(**meta["plan"]),
+        )  # fmt: skip
+    except (KeyError, TypeError, AttributeError) as e:
+        raise checkpoint.CheckpointError(f"{path / checkpoint.META}: {type(e).__name__}: {e}") from None
+    return Opened(parts, lambda name, targets: checkpoint.restore(path, name, targets))
+
+
+def _waiting(configs: Mapping[str, Any], mesh: Mesh | None) -> list[str]:
+    """Components to be read only for their stage: the encoders, where everything together does not fit one device.
+
+    A tenth of the memory, 4 GB at least, is left to activations.
+    """
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "bytes_limit" not in stats:
+        return []
+    ways = mesh.size if mesh is not None else 1
+    sizes = {n: sharding.count(registry.of_config(c).make(c)) * jnp.dtype(c.dtype).itemsize for n, c in configs.items()}
+    room = stats["bytes_limit"] - max(4e9, 0.1 * stats["bytes_limit"])
+    if sum(sizes.values()) / ways <= room:
+        return []
+    return [n for n in configs if n.startswith("text_encoder")]

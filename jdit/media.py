@@ -1,0 +1,125 @@
+"""Pictures in and out of arrays (Pillow). H W pixel rows and columns; RGB, uint8."""
+
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, UnidentifiedImageError
+
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".gif": "GIF"}
+Picture = np.ndarray | Image.Image | str | Path
+
+
+def picture(source: Picture) -> np.ndarray:
+    """A picture as uint8 (H, W, 3), from an array, a PIL image or a path. Transparency is laid on white.
+
+    Raises:
+        ValueError: an array of another shape or dtype, or a file that is no picture. FileNotFoundError: no such file.
+    """
+    if isinstance(source, str | Path):
+        if not Path(source).exists():
+            raise FileNotFoundError(f"no picture at {source}")
+        try:
+            source = Image.open(source)
+            source.load()
+        except (UnidentifiedImageError, OSError) as e:
+            raise ValueError(f"{getattr(source, 'filename', source)} is not a picture that Pillow reads: {e}") from None
+    if isinstance(source, Image.Image):
+        if source.mode in ("RGBA", "LA", "PA") or "transparency" in source.info:
+            rgba = source.convert("RGBA")
+            white = Image.new("RGBA", rgba.size, "white")
+            source = Image.alpha_composite(white, rgba)
+        return np.asarray(source.convert("RGB"))
+    array = np.asarray(source)
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] != 3:
+        raise ValueError(f"a picture is a uint8 array (H, W, 3), not {array.dtype} {array.shape}")
+    return array
+
+
+def resize(array: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Lanczos to (height, width), aspect not kept: what upstream's image processor does before encoding."""
+    if array.shape[:2] == (height, width):
+        return array
+    return np.asarray(Image.fromarray(array).resize((width, height), Image.Resampling.LANCZOS))
+
+
+def as_uint8(pixels: np.ndarray) -> np.ndarray:
+    """uint8 as it is; float in [0, 1] rounded to it."""
+    if pixels.dtype == np.uint8:
+        return pixels
+    return np.round(np.clip(pixels, 0, 1) * 255).astype(np.uint8)
+
+
+def check_target(path: str | Path, formats: Sequence[str] = tuple(FORMATS)) -> Path:
+    """The path, if something can be written there.
+
+    Raises:
+        ValueError: an unknown suffix. OSError: the folder is missing or not writable.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in formats:
+        raise ValueError(f"{path}: unknown suffix {path.suffix!r}; there are {', '.join(formats)}")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: the folder {path.parent} does not exist")
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder")
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"{path}: the folder {path.parent} is not writable")
+    return path
+
+
+def save(pixels: np.ndarray, path: str | Path, *, fps: float | None = None) -> list[Path]:
+    """Write (B, H, W, 3) as B pictures: `path` itself for one, NAME-0.png, NAME-1.png and so on for several."""
+    if pixels.ndim != 4:
+        raise ValueError(f"pictures are (B, H, W, 3), not {pixels.shape}")
+    path, pixels = check_target(path), as_uint8(np.asarray(pixels))
+    del fps  # pictures have none
+    names = [path] if len(pixels) == 1 else [path.with_stem(f"{path.stem}-{i}") for i in range(len(pixels))]
+    for name, frame in zip(names, pixels):
+        write(Image.fromarray(frame), name)
+    return names
+
+
+def write(image: Image.Image, path: Path):
+    """Write beside the place and rename, so that no half file stands."""
+    handle, partial = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as f:
+            image.save(f, FORMATS[path.suffix.lower()], **({"quality": 95} if path.suffix.lower() != ".png" else {}))
+        os.chmod(partial, 0o666 & ~_umask())
+        os.replace(partial, path)
+    except BaseException:
+        Path(partial).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def contact_sheet(pixels: np.ndarray, captions: Sequence[str] = (), *, columns: int | None = None) -> Image.Image:
+    """All pictures (B, H, W, 3) on one sheet, each over its caption."""
+    pixels = as_uint8(np.asarray(pixels))
+    b, h, w, _ = pixels.shape
+    columns = columns or min(b, max(1, round(b**0.5 + 0.49)))
+    line = 16 if captions else 0
+    sheet = Image.new("RGB", (columns * (w + 8) + 8, -(-b // columns) * (h + line + 8) + 8), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, frame in enumerate(pixels):
+        x, y = 8 + (i % columns) * (w + 8), 8 + (i // columns) * (h + line + 8)
+        sheet.paste(Image.fromarray(frame), (x, y))
+        if i < len(captions):
+            draw.text((x, y + h + 2), _fit_text(draw, captions[i], w), fill="black")
+    return sheet
+
+
+def _fit_text(draw: ImageDraw.ImageDraw, text: str, width: int) -> str:
+    if draw.textlength(text) <= width:
+        return text
+    while text and draw.textlength(text + "…") > width:
+        text = text[:-1]
+    return text + "…"

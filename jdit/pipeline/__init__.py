@@ -1,0 +1,1 @@
+"""Stages, the executor that runs them, and one file per task."""

@@ -1,0 +1,271 @@
+"""Stable Diffusion 3 and 3.5: text to image, and image to image (upstream pipeline_stable_diffusion_3[_img2img].py).
+
+B outputs, h w latent rows and columns, C latent channels, L tokens, S steps.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from jdit import media, sampling
+from jdit.nn.mmdit import MMDiT, Modulation
+from jdit.nn.text.clip import CLIPText
+from jdit.nn.text.t5 import T5
+from jdit.nn.vae.autoencoder_kl import AutoencoderKL
+from jdit.nn.vae.tiling import decode_tiled, encode_tiled, one_at_a_time
+from jdit.pipeline import base
+from jdit.pipeline.executor import Stage, run
+from jdit.pipeline.schedule import flow_scheduler
+from jdit.sampling import guidance as guide
+from jdit.structs import Output, Prompt, Text
+
+ENCODERS = (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2"), ("text_encoder_3", "tokenizer_3"))
+MAX_T5_TOKENS = 512
+
+
+class LayerSkip(NamedTuple):
+    """Skip-layer guidance: which layers to pass over, how strongly to steer away from that, and at which steps."""
+
+    layers: Bool[Array, "layers"]
+    scale: Float[Array, ""]
+    active: Bool[Array, "S"]
+
+
+# ------------------------------------------------------------------------------------------------- stages
+
+
+def encode_clip(clip_l: CLIPText, clip_g: CLIPText, ids_l, ids_g, joint_dim: int, absent: int, skip: int) -> Text:
+    """Both CLIP encoders side by side, zero-padded to the joint width, then `absent` zero tokens where T5 would be.
+
+    The zero tokens are equal and stay equal through the network, so one is sent, counted `absent` times.
+    """
+    states, pooled = _clip(clip_l, clip_g, ids_l, ids_g, joint_dim, skip)
+    zero = jnp.zeros((states.shape[0], 1, joint_dim), states.dtype)
+    counts = jnp.ones(states.shape[1] + 1).at[-1].set(absent)
+    return Text(jnp.concatenate([states, zero], 1), pooled, counts)
+
+
+def encode_clip_t5(clip_l: CLIPText, clip_g: CLIPText, t5: T5, ids_l, ids_g, ids_t5, joint_dim: int, skip: int) -> Text:
+    """The CLIP tokens, then the T5 tokens (padding included and attended to, as upstream)."""
+    states, pooled = _clip(clip_l, clip_g, ids_l, ids_g, joint_dim, skip)
+    return Text(jnp.concatenate([states, t5(ids_t5).astype(states.dtype)], 1), pooled)
+
+
+def _clip(clip_l: CLIPText, clip_g: CLIPText, ids_l, ids_g, joint_dim: int, skip: int):
+    one, two = clip_l(ids_l, skip=skip), clip_g(ids_g, skip=skip)
+    states = jnp.concatenate([one.states, two.states], -1)
+    states = jnp.pad(states, ((0, 0), (0, 0), (0, joint_dim - states.shape[-1])))
+    return states, jnp.concatenate([one.projected, two.projected], -1)
+
+
+def encode_image(vae: AutoencoderKL, pixels, key, tiling: bool):
+    """uint8 (B, H, W, 3) to normalised latents: a draw from the posterior, its mode without a key."""
+    unit = pixels.astype(jnp.float32) / 127.5 - 1
+    posterior = encode_tiled(vae, unit) if tiling else vae.encode(unit)
+    z = posterior.mode() if key is None else posterior.sample(key)
+    return vae.normalise(z.astype(jnp.float32))
+
+
+def prepare(positive: Text, negative: Text | None, noise, clean, table: sampling.Table):
+    """The first x, and the text of [negative; positive], a row an output."""
+    x = noise if clean is None else sampling.add_noise(jnp.broadcast_to(clean, noise.shape), noise, table)
+    rows = lambda a: jnp.repeat(a, noise.shape[0] // positive.states.shape[0], axis=0)
+    both = (positive,) if negative is None else (negative, positive)
+    states = jnp.concatenate([rows(t.states) for t in both])
+    return x, Text(states, jnp.concatenate([rows(t.pooled) for t in both]), positive.counts)
+
+
+def denoise(
+    transformer: MMDiT, x, text: Text, table: sampling.Table, scale, skip: LayerSkip | None, report: bool
+) -> Float[Array, "B h w C"]:
+    """The sampling loop. Modulation of all steps and the text projection are computed before it."""
+    timesteps = jnp.asarray(table.timestep, jnp.float32)
+    rows = (transformer.modulation_table(timesteps, text.pooled), None if skip is None else skip.active)
+    context = transformer.embed_context(text.states)
+
+    def model(x, t, row):
+        del t  # it is in the modulation
+        return transformer.velocity(x, row[0], context, context_counts=text.counts)
+
+    def without_layers(x, t, row):
+        del t
+        half = Modulation(*jax.tree.map(lambda m: m[..., -x.shape[0] :, :, :], tuple(row[0])))
+        tokens = context[-x.shape[0] :]
+        return transformer.velocity(x, half, tokens, context_counts=text.counts, skip=skip.layers)
+
+    if scale is not None and skip is not None:
+        model = guide.skip_layer(model, without_layers, scale, skip.scale, active=lambda row: row[1])
+    elif scale is not None:
+        model = guide.classifier_free(model, scale)
+    return sampling.solve(model, x, table, per_step=rows, on_step=base.report_step if report else None)
+
+
+def decode(vae: AutoencoderKL, latents, kind: str, tiling: bool, slicing: bool):
+    """Latents to pixels, whole, by tiles, or a picture at a time."""
+    whole = (lambda z: decode_tiled(vae, z)) if tiling else vae.decode
+    z = vae.denormalise(latents)
+    return base.to_pixels(one_at_a_time(whole, z) if slicing else whole(z), kind)
+
+
+# ----------------------------------------------------------------------------------------------- pipeline
+
+
+def stages(*, t5: bool, image: bool, pixels: bool, encode: bool = True, generate: bool = True) -> list[Stage]:
+    """The stage list of a call: with T5 or without, from a picture or from noise, to pixels or to latents."""
+    clip = ("text_encoder", "text_encoder_2")
+    out: list[Stage] = []
+    if encode and t5:
+        reads = ("ids", "ids_2", "ids_3", "joint_dim", "clip_skip")
+        static = ("joint_dim", "clip_skip")
+        out.append(Stage("encode_text", encode_clip_t5, (*clip, "text_encoder_3"), reads, ("encoded",), static))
+    elif encode:
+        reads, static = ("ids", "ids_2", "joint_dim", "absent", "clip_skip"), ("joint_dim", "absent", "clip_skip")
+        out.append(Stage("encode_text", encode_clip, clip, reads, ("encoded",), static))
+    if not generate:
+        return out
+    if image:
+        reads = ("image", "image_key", "vae_tiling")
+        out.append(Stage("encode_image", encode_image, ("vae",), reads, ("clean",), ("vae_tiling",)))
+    out += [
+        Stage("prepare", prepare, (), ("positive", "negative", "noise", "clean", "table"), ("x", "text")),
+        Stage(
+            "denoise", denoise, ("transformer",), ("x", "text", "table", "guidance", "skip", "report"), ("latents",),
+            ("report",),
+        ),
+    ]  # fmt: skip
+    if pixels:
+        reads = ("latents", "output", "vae_tiling", "vae_slicing")
+        out.append(Stage("decode", decode, ("vae",), reads, ("pixels",), reads[1:]))
+    return out
+
+
+class StableDiffusion3(base.Pipeline):
+    """SD3 and SD3.5 with or without T5.
+
+    Beside the common arguments: `strength` (image to image: the share of the noise that is laid on the picture, 0.6),
+    `skip_layers` with `skip_layer_scale` (2.8), `skip_layer_start` (0.01) and `skip_layer_stop` (0.2) for skip-layer
+    guidance, `clip_skip`, `vae_tiling` and `vae_slicing`.
+    """
+
+    takes = (
+        "negative_prompt", "image", "height", "width", "steps", "guidance", "shift", "solver", "latents",
+        "max_text_tokens", "strength", "skip_layers", "skip_layer_scale", "skip_layer_start", "skip_layer_stop",
+        "clip_skip", "vae_tiling", "vae_slicing",
+    )  # fmt: skip
+
+    @property
+    def size_multiple(self) -> int:
+        return self.parts.configs["vae"].factor * self.parts.configs["transformer"].patch
+
+    def size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
+        """The size of a run, checked.
+
+        Raises:
+            ValueError: naming the nearest sizes that work.
+        """
+        cfg = self.parts.configs["transformer"]
+        own = cfg.sample_size * self.parts.configs["vae"].factor
+        height, width = height or self.plan.height or own, width or self.plan.width or own
+        base.check_size(height, width, self.size_multiple, cfg.pos_size * self.size_multiple)
+        return height, width
+
+    def encode(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        negative_prompt: str | Sequence[str] | None = "",
+        max_text_tokens: int | None = None,
+        clip_skip: int | None = None,
+    ) -> Prompt:
+        """Encode prompts once, to be given to calls in their place; negative_prompt None leaves out the negatives."""
+        with self._on_mesh():
+            return self._encode(prompt, negative_prompt, max_text_tokens, clip_skip, {})
+
+    def _encode(self, prompt, negative, max_text_tokens, clip_skip, timings: dict[str, float]) -> Prompt:
+        texts = base.as_list(prompt, "prompt")
+        count = len(texts)
+        if negative is not None:
+            texts = base.as_list(negative, "negative_prompt", count) + texts
+        tokens = max_text_tokens if max_text_tokens is not None else self.plan.max_text_tokens
+        if not 1 <= tokens <= MAX_T5_TOKENS:
+            raise ValueError(f"max_text_tokens={tokens}; it may be 1 to {MAX_T5_TOKENS}")
+        t5 = "text_encoder_3" in self.parts.configs
+        needed = [n for pair in ENCODERS[: 3 if t5 else 2] for n in pair]
+        if lacks := sorted(n for n in needed if n not in self.parts.configs and n not in self.parts.tokenizers):
+            raise ValueError(f"this model came without {', '.join(lacks)}: load it with parts={{name: path}}")
+        clip_tokens = self.parts.tokenizers["tokenizer"].max_length
+        values: dict[str, Any] = {
+            "joint_dim": self.parts.configs["transformer"].joint_dim, "absent": tokens, "clip_skip": clip_skip or 0,
+        }  # fmt: skip
+        for (_, name), key in zip(ENCODERS[: 3 if t5 else 2], ("ids", "ids_2", "ids_3")):
+            length = tokens if key == "ids_3" else clip_tokens
+            values[key] = jnp.asarray(self.parts.tokenizers[name].encode(texts, max_length=length))
+        values, spent = run(stages(t5=t5, image=False, pixels=False, generate=False), self.weights, values)
+        timings |= spent
+        text: Text = values["encoded"]
+        rows = lambda part: Text(text.states[part], text.pooled[part], text.counts)
+        return Prompt(rows(slice(-count, None)), None if negative is None else rows(slice(0, count)))
+
+    def table(self, height: int, width: int, steps: int, *, shift=None, solver=None, strength: float | None = None):
+        """The solver's table of a run; with `strength` only its last part, as upstream's image to image begins."""
+        config = flow_scheduler(self.parts.scheduler, solver)
+        tokens = (height // self.size_multiple) * (width // self.size_multiple)
+        mu = sampling.dynamic_mu(config, tokens) if config.get("use_dynamic_shifting") else None
+        begin = 0 if strength is None else sampling.start_index(steps, strength)
+        return sampling.from_config(config, steps, mu=mu, shift=shift, begin=begin)
+
+    def _skip(self, a: Mapping[str, Any], steps: int) -> LayerSkip | None:
+        if not a.get("skip_layers"):
+            return None
+        layers, index = self.parts.configs["transformer"].layers, np.arange(steps)
+        if bad := [i for i in a["skip_layers"] if not 0 <= i < layers]:
+            raise ValueError(f"skip_layers {bad} do not exist; the transformer has layers 0 to {layers - 1}")
+        start, stop = _or(a.get("skip_layer_start"), 0.01), _or(a.get("skip_layer_stop"), 0.2)
+        active = (index > steps * start) & (index < steps * stop)
+        scale = jnp.float32(_or(a.get("skip_layer_scale"), 2.8))
+        return LayerSkip(jnp.asarray(np.isin(np.arange(layers), a["skip_layers"])), scale, jnp.asarray(active))
+
+    def _generate(self, prompt, **a: Any) -> Output:
+        height, width = self.size(a["height"], a["width"])
+        steps, scale = _or(a["steps"], self.plan.steps), _or(a["guidance"], self.plan.guidance)
+        strength = None if a["image"] is None else _or(a.get("strength"), 0.6)
+        if a["image"] is None and a.get("strength") is not None:
+            raise ValueError("strength goes with image")
+        table = self.table(
+            height, width, steps, shift=_or(a["shift"], self.plan.shift), solver=a["solver"], strength=strength
+        )
+        guided, timings = scale > 1, {}
+        factor, cfg = self.parts.configs["vae"].factor, self.parts.configs["transformer"]
+        with self._on_mesh():
+            if not isinstance(prompt, Prompt):
+                negative = (a["negative_prompt"] or "") if guided else None
+                prompt = self._encode(prompt, negative, a["max_text_tokens"], a.get("clip_skip"), timings)
+            if guided and prompt.negative is None:
+                raise ValueError("guidance above 1 needs a prompt encoded with a negative_prompt")
+            count = prompt.positive.states.shape[0] * a["num_outputs"]
+            shape = (count, height // factor, width // factor, cfg.in_channels)
+            noise = base.noise(shape, a["seed"]) if a["latents"] is None else base.given_latents(a["latents"], shape)
+            values: dict[str, Any] = {
+                "positive": prompt.positive, "negative": prompt.negative if guided else None, "noise": noise,
+                "clean": None, "table": table, "guidance": jnp.float32(scale) if guided else None,
+                "skip": self._skip(a, table.steps) if guided else None, "report": a["on_step"] is not None,
+                "output": a["output"], "vae_tiling": bool(a.get("vae_tiling")), "vae_slicing": bool(a.get("vae_slicing")),
+            }  # fmt: skip
+            if a["image"] is not None:
+                values["image"] = jnp.asarray(media.resize(media.picture(a["image"]), height, width))[None]
+                seeded = isinstance(a["seed"], int | np.integer)
+                values["image_key"] = jax.random.key(a["seed"]) if seeded else None
+            todo = stages(t5=False, image=a["image"] is not None, pixels=a["output"] != "latents", encode=False)
+            with base.reporting(a["on_step"]):
+                values, spent = run(todo, self.weights, values)
+        base.check_finite(values["latents"], "denoise")
+        pixels = np.asarray(values["pixels"]) if a["output"] != "latents" else None
+        return Output(pixels, values["latents"], timings | spent)
+
+
+def _or(value, default):
+    return default if value is None else value

@@ -1,0 +1,189 @@
+"""The loop: one linear step, one lax.scan, for every solver that is a table."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from jdit.sampling import table as tables
+from jdit.sampling.table import Table
+
+Model = Callable[..., Array]  # (x, t) or (x, t, row of per_step) -> raw prediction, of x's shape
+OnStep = Callable[[int, int], Any]  # (index of the finished step from 0, number of steps)
+
+
+class State(NamedTuple):
+    """What a solver carries, in float32 (float64 for a float64 sample)."""
+
+    x: Float[Array, "*S"]
+    x_last: Float[Array, "*S"] | None  # the corrected sample of the previous step; None where there is no corrector
+    history: tuple[Float[Array, "*S"], ...]  # past predictions, newest first
+
+
+class Progress(NamedTuple):
+    """One finished step of `iterate`."""
+
+    index: int  # from 0
+    steps: int
+    x: Float[Array, "*S"]
+    x0: Float[Array, "*S"]  # the clean sample as predicted in this step
+
+
+def init(x: Float[Array, "*S"], table: Table) -> State:
+    """The state before the first step of a table."""
+    x = jnp.asarray(x)
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    zeros = jnp.zeros_like(x)
+    return State(x, None if table.corrector is None else zeros, (zeros,) * table.history)
+
+
+def _cast(table: Table, dtype) -> Table:
+    cast = jax.tree.map(lambda a: jnp.asarray(a, dtype), table)
+    return cast._replace(index=jnp.asarray(table.index, jnp.int32), timestep=jnp.asarray(table.timestep, jnp.float32))
+
+
+def _mix(weights: Array, arrays: tuple[Array, ...]) -> Array:
+    # not a dot product: that would be taken in TF32 or bfloat16 on accelerators
+    return sum((weights[j] * a for j, a in enumerate(arrays[1:], 1)), weights[0] * arrays[0])
+
+
+def denoised(state: State, row: Table, out: Float[Array, "*S"]) -> Float[Array, "*S"]:
+    """The clean sample that a network output at state.x stands for."""
+    row = _cast(row, state.x.dtype)
+    return row.x0_x * state.x + row.x0_out * out.astype(state.x.dtype)
+
+
+def step(state: State, row: Table, out: Float[Array, "*S"], noise: Float[Array, "*S"] | None = None) -> State:
+    """One step of any solver.
+
+    Args:
+        row: the step's weights (`row(table, i)`).
+        out: the network's raw prediction at (state.x, row.timestep).
+        noise: standard normal, for stochastic solvers; None adds none.
+    """
+    dtype = state.x.dtype
+    row, x = _cast(row, dtype), state.x
+    m = row.m_x * x + row.m_out * out.astype(dtype)
+    if (c := row.corrector) is not None:
+        x = c.x * x + c.last * state.x_last + c.new * m + _mix(c.m, state.history)
+    past = (m, *state.history)
+    following = row.pred_x * x + _mix(row.pred_m, past[: row.pred_m.shape[-1]])
+    if row.noise is not None and noise is not None:
+        following = following + row.noise * noise.astype(dtype)
+    return State(following, None if row.corrector is None else x, past[: len(state.history)])
+
+
+def draw(key: Array, index, x: Float[Array, "*S"]) -> Float[Array, "*S"]:
+    """Noise of one step. `key` is one key for the whole of x, or one for each element along its first axis, so that a
+    sample's noise does not depend on its neighbours."""
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)
+    if key.ndim == 0:
+        return jax.random.normal(jax.random.fold_in(key, index), x.shape, x.dtype)
+    if key.shape != x.shape[:1]:
+        raise ValueError(f"key has shape {key.shape}; it may be one key or one for each of the {x.shape[0]} samples")
+    return jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, index), x.shape[1:], x.dtype))(key)
+
+
+def _output(model: Model, state: State, row: Table, extra) -> Array:
+    return model(state.x, row.timestep) if extra is None else model(state.x, row.timestep, extra)
+
+
+def _noise(key: Array | None, state: State, row: Table) -> Array | None:
+    return None if key is None or row.noise is None else draw(key, row.index, state.x)
+
+
+def run(
+    model: Model,
+    state: State,
+    table: Table,
+    *,
+    key: Array | None = None,
+    on_step: OnStep | None = None,
+    per_step: Any = None,
+    total: int | None = None,
+) -> State:
+    """Run the rows of a table from a state: `solve` without its beginning and its end.
+
+    With it a table is run in parts, by one network after another (`split`). `total` is the number of steps that
+    on_step is told, those of this table by default.
+    """
+    total = table.steps if total is None else total
+
+    def body(state: State, xs) -> tuple[State, None]:
+        row, extra = xs
+        state = step(state, row, _output(model, state, row, extra), _noise(key, state, row))
+        if on_step is not None:
+            # the pixel ties the call to the end of the step; without it XLA may call before the network has run
+            pixel = state.x[(0,) * state.x.ndim]
+            jax.debug.callback(lambda i, _, call=on_step: call(int(i), total), row.index, pixel)
+        return state, None
+
+    return lax.scan(body, state, (_cast(table, state.x.dtype), per_step))[0]
+
+
+def solve(
+    model: Model,
+    x: Float[Array, "*S"],
+    table: Table,
+    *,
+    key: Array | None = None,
+    on_step: OnStep | None = None,
+    per_step: Any = None,
+) -> Float[Array, "*S"]:
+    """Sample: one `lax.scan` over the rows of a table.
+
+    Args:
+        model: (x, t) -> raw prediction of x's shape at timestep t, a float32 scalar; x is float32 (float64 if the
+            sample is). With `per_step` its row of this step is a third argument.
+        x: the initial noise, or a noised sample (`add_noise`), of any shape.
+        table: from `from_config`; may be an argument of the surrounding jit, so that other sigmas do not recompile.
+        key: for stochastic solvers, one key or one for each sample; None adds no noise.
+        on_step: called on the host after every step with (index from 0, number of steps); nothing is compiled for
+            None. Calls are asynchronous: `jax.effects_barrier()` waits for them. For previews, or to stop, `iterate`.
+        per_step: pytree with leading axis S (modulation tables, flags), one row a step.
+
+    Returns:
+        The last x, in the dtype of `x`.
+
+    Raises:
+        ValueError: per_step or key of a wrong length.
+    """
+    _check_rows(table, per_step)
+    return run(model, init(x, table), table, key=key, on_step=on_step, per_step=per_step).x.astype(x.dtype)
+
+
+_host_step = jax.jit(lambda state, row, out, noise: (step(state, row, out, noise), denoised(state, row, out)))
+
+
+def iterate(
+    model: Model, x: Float[Array, "*S"], table: Table, *, key: Array | None = None, per_step: Any = None
+) -> Iterator[Progress]:
+    """The same run as a loop on the host: yields after every step, with a preview; to stop, stop iterating.
+
+    `model` should be compiled by its owner; only the solver's step is compiled here.
+    """
+    _check_rows(table, per_step)
+    state, dtype = init(x, table), x.dtype
+    cast = _cast(table, state.x.dtype)
+    for i in range(table.steps):
+        weights = tables.row(cast, i)
+        extra = None if per_step is None else jax.tree.map(lambda a, i=i: a[i], per_step)
+        state, x0 = _host_step(state, weights, _output(model, state, weights, extra), _noise(key, state, weights))
+        yield Progress(i, table.steps, state.x.astype(dtype), x0.astype(dtype))
+
+
+def _check_rows(table: Table, per_step) -> None:
+    wrong = {jnp.shape(a)[:1] for a in jax.tree.leaves(per_step)} - {(table.steps,)}
+    if wrong:
+        raise ValueError(f"per_step has leading axes {sorted(wrong)}; the table has {table.steps} steps")
+
+
+def add_noise(x0: Float[Array, "*S"], noise: Float[Array, "*S"], table: Table) -> Float[Array, "*S"]:
+    """A clean sample brought to the noise level of a table's first step: where image-to-image starts."""
+    dtype = jnp.promote_types(x0.dtype, jnp.float32)
+    alpha, sigma = jnp.asarray(table.alpha[0], dtype), jnp.asarray(table.sigma[0], dtype)
+    return (alpha * x0 + sigma * noise).astype(x0.dtype)

@@ -1,0 +1,173 @@
+"""Noise schedules on the host. Functions keep the float width that they are given, as the references' rounding asks."""
+
+import itertools
+import math
+
+import numpy as np
+from jaxtyping import Float
+from scipy.special import betaincinv
+
+from jdit.sampling.table import Grid
+
+Sigmas = Float[np.ndarray, "S"]
+SHIFTS = ("exponential", "linear")
+
+
+def static_shift(sigmas: Sigmas, shift: float) -> Sigmas:
+    """s sigma / (1 + (s - 1) sigma): the flow schedule for s times the noise (arXiv 2403.03206, equation 23)."""
+    return shift * sigmas / (1 + (shift - 1) * sigmas)
+
+
+def dynamic_shift(sigmas: Sigmas, mu: float, kind: str = "exponential") -> Sigmas:
+    """The same shift by a factor that follows the resolution: e^mu ("exponential") or mu ("linear").
+
+    Raises:
+        ValueError: another kind, or a linear mu that is not positive.
+    """
+    if kind not in SHIFTS:
+        raise ValueError(f"time_shift_type={kind!r} is unknown; there are {', '.join(SHIFTS)}")
+    factor = math.exp(mu) if kind == "exponential" else mu
+    if not factor > 0:
+        raise ValueError(f"mu={mu} must be positive with time_shift_type='linear'")
+    with np.errstate(divide="ignore"):
+        return factor / (factor + (1 / sigmas - 1))
+
+
+def stretch_to(sigmas: Sigmas, terminal: float) -> Sigmas:
+    """Stretch 1 - sigma so that the last sigma is `terminal` (LTX-Video's schedule).
+
+    Raises:
+        ValueError: the last sigma is 1, which no stretch moves.
+    """
+    rest = 1 - sigmas
+    if rest[-1] == 0:
+        raise ValueError(f"shift_terminal={terminal} cannot be reached: the last sigma is 1 (take more steps)")
+    return 1 - rest / (rest[-1] / (1 - terminal))
+
+
+def karras(first: float, last: float, steps: int, rho: float = 7.0) -> Sigmas:
+    """Evenly spaced in sigma^(1/rho) (arXiv 2206.00364, equation 5)."""
+    ramp = np.linspace(0, 1, steps)
+    return (first ** (1 / rho) + ramp * (last ** (1 / rho) - first ** (1 / rho))) ** rho
+
+
+def exponential(first: float, last: float, steps: int) -> Sigmas:
+    """Evenly spaced in log sigma."""
+    return np.exp(np.linspace(math.log(first), math.log(last), steps))
+
+
+def beta(first: float, last: float, steps: int, a: float = 0.6, b: float = 0.6) -> Sigmas:
+    """Quantiles of a Beta(a, b) distribution (arXiv 2407.12173)."""
+    return last + betaincinv(a, b, 1 - np.linspace(0, 1, steps)) * (first - last)
+
+
+SPACINGS = {"use_karras_sigmas": karras, "use_exponential_sigmas": exponential, "use_beta_sigmas": beta}
+
+
+def betas(kind: str, first: float, last: float, n: int) -> Sigmas:
+    """Noise added by each of n training steps, float32: "linear", "scaled_linear" (linear in the root) or
+    "squaredcos_cap_v2" (cosine, arXiv 2102.09672, at most 0.999).
+
+    Raises:
+        ValueError: another kind.
+    """
+    if kind == "linear":
+        return _linspace32(first, last, n)
+    if kind == "scaled_linear":
+        return _linspace32(first**0.5, last**0.5, n) ** 2
+    if kind == "squaredcos_cap_v2":
+        bar = [math.cos((i / n + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(n + 1)]
+        return np.array([min(1 - after / before, 0.999) for before, after in itertools.pairwise(bar)], np.float32)
+    raise ValueError(f"beta_schedule={kind!r} is unknown; there are linear, scaled_linear, squaredcos_cap_v2")
+
+
+def _linspace32(first: float, last: float, n: int) -> Sigmas:
+    """Evenly spaced, each half counted from its own end with a float32 step, as torch does."""
+    a, b = np.float32(first), np.float32(last)
+    step, i = (b - a) / np.float32(max(n - 1, 1)), np.arange(n)
+    # one rounding: torch's kernel fuses the product and the sum
+    up, down = a + np.float64(step) * i, b - np.float64(step) * (n - 1 - i)
+    return np.where(i < n / 2, up, down).astype(np.float32)
+
+
+def _cumprod32(x: Sigmas) -> Sigmas:
+    return np.cumprod(x, dtype=np.float64).astype(np.float32)
+
+
+def zero_terminal_snr(betas: Sigmas) -> Sigmas:
+    """Betas shifted and stretched so that the last training step is pure noise (arXiv 2305.08891, algorithm 1)."""
+    root = np.sqrt(_cumprod32(1 - betas))
+    bar = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
+    return 1 - np.append(bar[:1], bar[1:] / bar[:-1])
+
+
+def training_sigmas(betas: Sigmas, *, zero_snr: bool = False) -> Sigmas:
+    """sigma / alpha of every training step, rising, float32. With `zero_snr` the last is large instead of infinite."""
+    bar = _cumprod32(1 - (zero_terminal_snr(betas) if zero_snr else betas))
+    if zero_snr:
+        bar[-1] = 2**-24
+    return np.sqrt((1 - bar) / bar)
+
+
+def spaced_timesteps(spacing: str, n: int, steps: int, offset: int = 0) -> Float[np.ndarray, "S"]:
+    """Training steps to visit, falling whole numbers (arXiv 2305.08891, table 2), as multistep solvers choose them.
+
+    Raises:
+        ValueError: an unknown spacing, or more steps than there are training steps.
+    """
+    if steps + (spacing == "leading") > n:
+        raise ValueError(f"steps={steps}: too many for {n} training steps and timestep_spacing={spacing!r}")
+    if spacing == "linspace":
+        return np.linspace(0, n - 1, steps + 1).round()[:0:-1]
+    if spacing == "leading":
+        return (np.arange(1, steps + 1) * (n // (steps + 1)))[::-1] + float(offset)
+    if spacing == "trailing":
+        # cut: for some step counts (61 of 1000) rounding lets one more through, at timestep -1
+        return np.arange(n, 0, -n / steps).round()[:steps] - 1
+    raise ValueError(f"timestep_spacing={spacing!r} is unknown; there are linspace, leading, trailing")
+
+
+def timestep_of(sigmas: Sigmas, training: Sigmas) -> Sigmas:
+    """Fractional training steps of noise levels: linear in log sigma between the training sigmas."""
+    log_training, log_sigma = np.log(training), np.log(np.maximum(sigmas, 1e-10))
+    low = np.clip(np.searchsorted(log_training, log_sigma, side="right") - 1, 0, len(training) - 2)
+    a, b = log_training[low], log_training[low + 1]
+    w = np.clip((a - log_sigma) / (a - b), 0, 1)
+    return (1 - w) * low + w * (low + 1)
+
+
+def diffusion_grid(sigmas: Float[np.ndarray, "S+1"], timesteps: Sigmas) -> Grid:
+    """Variance-preserving grid, alpha^2 + sigma^2 = 1, from sigma / alpha rounded to float32.
+
+    Raises:
+        ValueError: sigmas that are negative, not finite, or rise.
+    """
+    s = np.asarray(sigmas, np.float32).astype(np.float64)
+    if not (np.isfinite(s) & (s >= 0)).all() or (np.diff(s) > 0).any():
+        raise ValueError(f"sigmas must be finite, at least 0, and not rise: {_excerpt(s)}")
+    alpha = 1 / np.sqrt(s**2 + 1)
+    return Grid(alpha, s * alpha, np.asarray(timesteps, np.float32))
+
+
+def flow_grid(sigmas: Float[np.ndarray, "S+1"], timesteps: Sigmas, *, inverted: bool = False) -> Grid:
+    """Grid of a flow, alpha = 1 - sigma, sigmas rounded to float32 before anything is computed from them.
+
+    Args:
+        sigmas: noise levels, the final one included.
+        timesteps: what the network sees.
+        inverted: `sigmas` count from noise (0) to sample (1).
+
+    Raises:
+        ValueError: sigmas outside [0, 1], or that do not fall (inverted: rise) monotonically.
+    """
+    s = np.asarray(sigmas, np.float32).astype(np.float64)
+    if not ((s >= 0) & (s <= 1)).all():
+        raise ValueError(f"sigmas must lie in [0, 1]: {_excerpt(s)}")
+    if (np.diff(s if inverted else -s) < 0).any():
+        raise ValueError(f"sigmas must not {'fall' if inverted else 'rise'}: {_excerpt(s)}")
+    alpha, sigma = (s, 1 - s) if inverted else (1 - s, s)
+    return Grid(alpha, sigma, np.asarray(timesteps, np.float32))
+
+
+def _excerpt(s: np.ndarray) -> str:
+    return np.array2string(s, precision=6, threshold=8, edgeitems=3)

@@ -1,0 +1,103 @@
+"""Rules, meshes and annotated modules: eight devices give the numbers of one."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from jdit import sharding
+from jdit.nn.mmdit import MMDiT, MMDiTConfig
+from jdit.nn.text.clip import CLIPText, CLIPTextConfig
+from jdit.nn.text.t5 import T5, T5Config
+from jdit.sharding import Rules, make_mesh
+
+CFG = MMDiTConfig(
+    sample_size=16, layers=4, heads=8, head_dim=8, joint_dim=24, pooled_dim=16, pos_size=8, dual_layers=(0, 1),
+    qk_norm="rms_norm",
+)  # fmt: skip
+MESHES = [dict(data=8), dict(sequence=8), dict(tensor=8), dict(data=2, sequence=2, tensor=2)]
+NAMES = ["data8", "sequence8", "tensor8", "2x2x2"]
+FSDP = Rules(embed=("data", "sequence"))
+
+
+def random(make):
+    _, leaves = sharding.abstract(make)
+    keys = jax.random.split(jax.random.key(0), len(leaves))
+    draw = lambda k, s: jax.random.normal(k, s.shape, s.dtype) * (0.3 if len(s.shape) < 3 else 0.1)
+    return {p: draw(k, s) for k, (p, s) in zip(keys, leaves.items())}
+
+
+def place(make, values, mesh, rules):
+    _, leaves = sharding.abstract(make, mesh, rules)
+    return sharding.assemble(make, {p: jax.device_put(v, leaves[p].sharding) for p, v in values.items()})
+
+
+def relative(a, b):
+    return float(np.linalg.norm(np.asarray(a) - np.asarray(b)) / np.linalg.norm(np.asarray(b)))
+
+
+@pytest.mark.parametrize("rules", [Rules(), FSDP], ids=["plain", "fsdp"])
+@pytest.mark.parametrize("sizes", MESHES, ids=NAMES)
+def test_mmdit_equals_one_device(sizes, rules):
+    key = jax.random.key(1)
+    x = jax.random.normal(key, (8, 16, 8, 16))
+    args = jax.random.uniform(key, (8,)) * 1000, jax.random.normal(key, (8, 8, 24)), jax.random.normal(key, (8, 16))
+    values = random(lambda: MMDiT(CFG, rngs=nnx.Rngs(0)))
+    one = sharding.assemble(lambda: MMDiT(CFG, rngs=nnx.Rngs(0)), values)
+    call = jax.jit(lambda m, *a: m(*a))
+    want = call(one, x, *args)
+    mesh, cfg = make_mesh(**sizes), dataclasses.replace(CFG, rules=rules)
+    with jax.set_mesh(mesh):
+        got = call(place(lambda: MMDiT(cfg, rngs=nnx.Rngs(0)), values, mesh, rules), x, *args)
+    assert relative(got, want) < 1e-5
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=NAMES)
+def test_text_encoders_equal_one_device(sizes):
+    clip = CLIPTextConfig(vocab_size=40, width=32, mlp=64, layers=3, heads=8, max_positions=12, projection=16)
+    t5 = T5Config(vocab_size=40, width=32, kv=4, heads=8, mlp=64, layers=2)
+    ids = np.random.default_rng(0).integers(0, 40, (8, 12))
+    mesh = make_mesh(**sizes)
+    for make in (lambda: CLIPText(clip, rngs=nnx.Rngs(0)), lambda: T5(t5, rngs=nnx.Rngs(0))):
+        values = random(make)
+        call = jax.jit(lambda m, ids: jax.tree.leaves(m(ids)))
+        want = call(sharding.assemble(make, values), ids)
+        with jax.set_mesh(mesh):
+            got = call(place(make, values, mesh, Rules()), ids)
+        assert max(relative(a, b) for a, b in zip(got, want)) < 1e-5
+
+
+def test_parameters_carry_their_axes():
+    mesh = make_mesh(data=2, sequence=2, tensor=2)
+    _, leaves = sharding.abstract(lambda: MMDiT(CFG, rngs=nnx.Rngs(0)), mesh, FSDP)
+    spec = {sharding.dotted(p): s.sharding.spec for p, s in leaves.items()}
+    embed = ("data", "sequence")
+    assert spec["blocks.0.image.attn.qkv.kernel"] == P(None, embed, None, "tensor")
+    assert spec["blocks.0.image.attn.out.kernel"] == P(None, "tensor", embed)
+    assert spec["blocks.1.context.mlp.up.kernel"] == P(None, embed, "tensor")
+    assert spec["blocks.1.context.mlp.up.bias"] == P(None, "tensor")
+    assert spec["blocks.2.image.mlp.down.kernel"] == P(None, "tensor", embed)
+
+
+def test_rules_refuse_collisions_and_unknown_names():
+    with pytest.raises(ValueError, match="'batch' and 'mlp' are both on mesh axis 'data'"):
+        Rules(mlp="data").spec(("batch", "mlp"))
+    with pytest.raises(ValueError, match="'lemon' is not a logical axis"):
+        Rules().spec(("lemon",))
+    assert Rules().spec(("embed", "mlp"), 4) == P(None, None, None, "tensor")
+
+
+def test_mesh_that_cannot_be_had():
+    with pytest.raises(ValueError, match="needs 16 devices; there are 8"):
+        make_mesh(data=16)
+
+
+def test_dimension_that_does_not_divide_stays_whole():
+    mesh = make_mesh(sequence=8)
+    with jax.set_mesh(mesh):
+        out = jax.jit(lambda x: sharding.shard(x, "batch", "seq", "embed", rules=Rules()))(jnp.ones((2, 13, 4)))
+    np.testing.assert_array_equal(out, np.ones((2, 13, 4)))
