@@ -33,7 +33,7 @@ BLOCKS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoder
 UNUSED = ("latents_mean", "latents_std")
 
 
-def config(upstream: Mapping[str, Any], *, dtype: str = "float32", rules: Rules = Rules()) -> AutoencoderKLConfig:  # noqa: B008
+def config(upstream: Mapping[str, Any], *, dtype: str = "float32", rules: Rules = Rules()) -> AutoencoderKLConfig:
     """Our config of an upstream config.json.
 
     Raises:

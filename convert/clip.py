@@ -20,7 +20,7 @@ def config(
     *,
     architecture: str | None = None,
     dtype: str = "float32",
-    rules: Rules = Rules(),  # noqa: B008
+    rules: Rules = Rules(),
 ) -> CLIPTextConfig:
     """Read a config.json; absent keys take the defaults of transformers' CLIPTextConfig.
 

@@ -161,7 +161,9 @@ def _back(path: Path, dst: Path, to: str, dtype, only: set[str], overwrite: bool
             stem = "model" if library == "transformers" else "diffusion_pytorch_model"
             tell = (lambda key, n=n: progress(f"write {n}", 0, 1)) if progress else None
             config = component.upstream_config(configs[n])
-            write.write_back(part / n, stored[n], component.rules(configs[n]), config, stem=stem, dtype=dtype, on_tensor=tell)
+            write.write_back(
+                part / n, stored[n], component.rules(configs[n]), config, stem=stem, dtype=dtype, on_tensor=tell
+            )
             index[n] = [library, upstream_class]
         for n, upstream_class in family.tokenizers.items():
             if n in meta.get("tokenizers", ()):
@@ -200,9 +202,6 @@ def _to_original(meta, configs, stored, dst: Path, dtype, overwrite: bool, progr
     tensors = []
     for n, cfg in configs.items():
         prefix = originals[n].prefix
-        tensors += [
-            t._replace(key=prefix + t.key) for t in write.outputs(stored[n], originals[n].rules(cfg), dtype)
-        ]
+        tensors += [t._replace(key=prefix + t.key) for t in write.outputs(stored[n], originals[n].rules(cfg), dtype)]
     write.write_tensors(dst, tensors, (lambda key: progress("write", 0, 1)) if progress else None)
     return f"{dst}: {', '.join(configs)} in original layout"
-

@@ -126,7 +126,8 @@ def _pickled(path: Path) -> dict[str, Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as e:  # torch raises pickle, zip, OS and runtime errors here
-        raise ConversionError(f"{path}: not weights that torch reads safely: {str(e).splitlines()[0]}") from e
+        line = (str(e).splitlines() or [type(e).__name__])[0]
+        raise ConversionError(f"{path}: not weights that torch reads safely: {line}") from e
     while isinstance(state, Mapping) and not any(isinstance(v, torch.Tensor) for v in state.values()):
         inner = [v for v in state.values() if isinstance(v, Mapping)]
         if len(inner) != 1:

@@ -23,8 +23,6 @@ conv = Op("conv", lambda w: np.moveaxis(w, (0, 1), (-1, -2)), lambda w: np.movea
 pointwise = Op("pointwise", lambda w: w[:, :, 0, 0].T, lambda w: w.T[:, :, None, None])  # O I 1 1 <-> I O
 
 
-
-
 def fused_linear(n: int) -> Op:
     """One PyTorch matrix of n stacked parts: (n O) I <-> I n O."""
     return Op(
@@ -42,9 +40,7 @@ def fused_bias(n: int) -> Op:
 def fused_linear_reversed(n: int) -> Op:
     """`fused_linear` with the parts in the opposite order: (scale, shift) <-> (shift, scale)."""
     plain = fused_linear(n)
-    return Op(
-        f"fused_linear_reversed({n})", lambda w: plain.forward(w)[:, ::-1], lambda w: plain.inverse(w[:, ::-1])
-    )
+    return Op(f"fused_linear_reversed({n})", lambda w: plain.forward(w)[:, ::-1], lambda w: plain.inverse(w[:, ::-1]))
 
 
 def fused_bias_reversed(n: int) -> Op:

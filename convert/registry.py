@@ -17,9 +17,7 @@ from jdit.zoo import MODULES
 
 
 def _clip(name: str) -> Component:
-    return Component(
-        name, CLIPText, lambda c: clip.config(c, architecture=name), clip.upstream_config, clip.rules
-    )
+    return Component(name, CLIPText, lambda c: clip.config(c, architecture=name), clip.upstream_config, clip.rules)
 
 
 COMPONENTS: dict[str, Component] = {

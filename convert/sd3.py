@@ -17,7 +17,7 @@ _FIELDS = {  # upstream's name -> ours
 }  # fmt: skip
 
 
-def config(upstream: dict, *, dtype: str = "float32", rules: Rules = Rules()) -> MMDiTConfig:  # noqa: B008
+def config(upstream: dict, *, dtype: str = "float32", rules: Rules = Rules()) -> MMDiTConfig:
     """MMDiTConfig of a config.json of SD3Transformer2DModel; absent fields take upstream's defaults.
 
     Raises:
@@ -150,7 +150,9 @@ def original_rules(cfg: MMDiTConfig) -> list[Rule]:
     return edges + [r for n, g in enumerate(cfg.groups) for r in _original_group(cfg, g, f"blocks.{n}")]
 
 
-def original_config(shapes: Mapping[str, Sequence[int]], *, dtype: str = "float32", rules: Rules = Rules()) -> MMDiTConfig:  # noqa: B008, E501
+def original_config(
+    shapes: Mapping[str, Sequence[int]], *, dtype: str = "float32", rules: Rules = Rules()
+) -> MMDiTConfig:  # noqa: E501
     """The architecture of an original single file, read off its shapes (it carries no config).
 
     Raises:

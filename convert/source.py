@@ -125,7 +125,9 @@ def _open_pipeline(layout: Layout):
         except ValueError as e:
             problems.append(str(e))
     if problems:
-        raise ConversionError("; ".join(problems) if len(problems) < 3 else "\n  ".join([f"{len(problems)} problems:", *problems]))  # noqa: E501
+        raise ConversionError(
+            "; ".join(problems) if len(problems) < 3 else "\n  ".join([f"{len(problems)} problems:", *problems])
+        )  # noqa: E501
     return family, parts, tokens, scheduler
 
 
@@ -135,7 +137,9 @@ def _open_component(layout: Layout):
         for part, upstream_class in known.components.items():
             if upstream_class == name:
                 return family, {part: _component(layout.path, name)}, {}, {}
-    raise ConversionError(f"{layout.path / 'config.json'}: {name!r} is not supported; supported: {sorted(registry.COMPONENTS)}")
+    raise ConversionError(
+        f"{layout.path / 'config.json'}: {name!r} is not supported; supported: {sorted(registry.COMPONENTS)}"
+    )
 
 
 def _original(family: str, name: str, reader: Reader) -> Part:
@@ -200,4 +204,3 @@ def _replacement(family: str, name: str, place: Path) -> Part:
 _OPENERS: dict[str, Callable[[Layout], tuple[str, dict[str, Part], dict[str, Tokenizer], dict[str, Any]]]] = {
     "pipeline": _open_pipeline, "component": _open_component, "file": _open_file, "original": _open_original,
 }  # fmt: skip
-

@@ -21,7 +21,7 @@ BUCKETS = "relative_attention_num_buckets"
 DISTANCE = "relative_attention_max_distance"
 
 
-def config(upstream: Mapping, *, dtype: str = "float32", rules: Rules = Rules()) -> T5Config:  # noqa: B008
+def config(upstream: Mapping, *, dtype: str = "float32", rules: Rules = Rules()) -> T5Config:
     """Read a config.json; absent keys take the defaults of transformers' T5Config or UMT5Config.
 
     Raises:

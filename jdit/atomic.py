@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-
 MARKS = ("jdit.json", "model_index.json", "config.json")
 """A folder that may be overwritten has one of these."""
 

@@ -154,7 +154,9 @@ def generate(prompts, model, output, grid, dtype, mesh, parts, seed, num_outputs
         try:
             arguments["skip_layers"] = [int(i) for i in skip_layers.split(",")]
         except ValueError:
-            raise click.BadParameter(f"{skip_layers!r}: give layer numbers, as 7,8,9", param_hint="--skip-layers") from None
+            raise click.BadParameter(
+                f"{skip_layers!r}: give layer numbers, as 7,8,9", param_hint="--skip-layers"
+            ) from None
     if negative is not None:
         arguments["negative_prompt"] = negative
     if "image" in arguments:

@@ -55,10 +55,10 @@ class Opened:
 
         waiting = _waiting(placed, mesh)
         if waiting:
-            log.info("the device is short of memory: %s are read for their stage and freed after it", ", ".join(waiting))
-        weights = Weights(
-            {n: read(n) for n in placed if n not in waiting}, {n: (lambda n=n: read(n)) for n in waiting}
-        )
+            log.info(
+                "the device is short of memory: %s are read for their stage and freed after it", ", ".join(waiting)
+            )
+        weights = Weights({n: read(n) for n in placed if n not in waiting}, {n: (lambda n=n: read(n)) for n in waiting})
         return PIPELINES[parts.family](parts, weights, mesh=mesh)
 
     def dry(self) -> Pipeline:

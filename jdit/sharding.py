@@ -48,11 +48,15 @@ class Rules:
                 entries.append(None)
                 continue
             if name not in {f.name for f in dataclasses.fields(self)}:
-                raise ValueError(f"{name!r} is not a logical axis; there are {[f.name for f in dataclasses.fields(self)]}")
+                raise ValueError(
+                    f"{name!r} is not a logical axis; there are {[f.name for f in dataclasses.fields(self)]}"
+                )
             target = getattr(self, name)
             for mesh_axis in (target,) if isinstance(target, str) else target or ():
                 if mesh_axis in used:
-                    raise ValueError(f"logical axes {used[mesh_axis]!r} and {name!r} are both on mesh axis {mesh_axis!r}")
+                    raise ValueError(
+                        f"logical axes {used[mesh_axis]!r} and {name!r} are both on mesh axis {mesh_axis!r}"
+                    )
                 used[mesh_axis] = name
             entries.append(target)
         return P(*entries)
@@ -63,7 +67,9 @@ def make_mesh(*, data: int = 1, sequence: int = 1, tensor: int = 1) -> Mesh:
     sizes = (data, sequence, tensor)
     need, have = data * sequence * tensor, jax.device_count()
     if min(sizes) < 1 or need > have:
-        raise ValueError(f"mesh data={data}, sequence={sequence}, tensor={tensor} needs {need} devices; there are {have}")
+        raise ValueError(
+            f"mesh data={data}, sequence={sequence}, tensor={tensor} needs {need} devices; there are {have}"
+        )
     return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:need])
 
 

@@ -202,6 +202,19 @@ def test_callbacks_are_compiled_out():
     assert seen == [(i, 6) for i in range(6)]
 
 
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
+def test_eight_devices_equal_one():
+    mesh = jax.make_mesh((2, 4), ("data", "sequence"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data", "sequence"))
+    table, x, keys = sampling.from_config(STOCHASTIC, 6), noise(0, (4, 8, 3)), jax.random.split(jax.random.key(0), 4)
+    seen = []
+    solve = jax.jit(lambda x: sampling.solve(model, x, table, key=keys, on_step=lambda i, n: seen.append(i)))
+    result = solve(jax.device_put(x, split))
+    jax.effects_barrier()
+    assert seen == list(range(6)) and result.sharding.is_equivalent_to(split, 3)
+    assert_close(result, solve(x), 1e-6)
+
+
 @pytest.mark.parametrize("config", [EULER, STOCHASTIC, UNIPC], ids=["euler", "stochastic", "unipc"])
 def test_batch_equals_singles(config):
     table, x, keys = sampling.from_config(config, 7), noise(), jax.random.split(jax.random.key(0), 3)

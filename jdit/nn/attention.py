@@ -58,7 +58,9 @@ def _cudnn(q, k, v, lengths: Lengths):
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"cuDNN attention takes bfloat16 and float16, not {q.dtype}")
     if q.shape[-1] % 8 or q.shape[-1] > 128:
-        raise NotImplementedError(f"cuDNN attention takes head dims that are multiples of 8 up to 128, not {q.shape[-1]}")
+        raise NotImplementedError(
+            f"cuDNN attention takes head dims that are multiples of 8 up to 128, not {q.shape[-1]}"
+        )
     b, n, s = q.shape[0], q.shape[1], k.shape[1]
     if lengths is None and s % 128:
         lengths = jnp.full((b,), s, jnp.int32)

@@ -94,7 +94,7 @@ class TimeMlp(nnx.Module):
         self.down = linear(d, d, ("mlp", "embed"), dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        return self.down(nnx.silu(self.up(x)))
+        return self.down(silu(self.up(x)))
 
 
 def dense32(layer: nnx.LinearGeneral, x: Float[Array, "... D"]) -> Float[Array, "... n E"]:
@@ -104,8 +104,14 @@ def dense32(layer: nnx.LinearGeneral, x: Float[Array, "... D"]) -> Float[Array, 
     return out if layer.bias is None else out + layer.bias.get_value().astype(jnp.float32)
 
 
-def gelu_tanh(x):
-    return nnx.gelu(x, approximate=True)
+def gelu_tanh(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """GELU by its tanh form (arXiv 1606.08415). In float32 inside: its steps rounded to bfloat16 cost accuracy."""
+    return nnx.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
+
+
+def silu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """x sigmoid(x), in float32 inside."""
+    return nnx.silu(x.astype(jnp.float32)).astype(x.dtype)
 
 
 def timestep_embedding(t: Float[Array, "*S"], dim: int, max_period: float = 10000.0) -> Float[Array, "*S dim"]:

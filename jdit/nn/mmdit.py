@@ -165,7 +165,8 @@ class MMDiT(nnx.Module):
         self.pooled = layers.TimeMlp(cfg.pooled_dim, d, **kw)
         self.context = layers.linear(cfg.joint_dim, d, (None, "embed"), **kw)
         self.blocks = nnx.List(
-            layers.stack(lambda r, g=g: JointBlock(cfg, g.dual, g.last, rngs=r), len(g.layers), rngs) for g in cfg.groups
+            layers.stack(lambda r, g=g: JointBlock(cfg, g.dual, g.last, rngs=r), len(g.layers), rngs)
+            for g in cfg.groups
         )
         self.final_mod = layers.fused_linear(d, 2, d, (None, "mlp"), **kw)
         self.final = layers.linear(d, p * p * cfg.out_channels, ("embed", None), **kw)
@@ -179,7 +180,7 @@ class MMDiT(nnx.Module):
         Returns:
             leaves (layers, *t's leading axes, B, parts, D), float32.
         """
-        emb = self.time(layers.timestep_embedding(t, 256)) + self.pooled(pooled)
+        emb = self.time(layers.timestep_embedding(t, 256)).astype(jnp.float32) + self.pooled(pooled)
         emb = nnx.silu(emb).astype(self.cfg.dtype)
         # layer by layer: all layers' products at once would hold every float32 result and kernel copy together
         each = lambda blocks, name: jax.lax.map(lambda b: layers.dense32(getattr(b, name).mod, emb), blocks)
@@ -229,9 +230,7 @@ class MMDiT(nnx.Module):
     def __call__(self, x, t, context, pooled, *, context_counts=None, skip=None):
         """Velocity for latents x (B, H, W, C) at timestep t (scalar or (B,)), raw context (B, L, J), pooled (B, P)."""
         modulation = self.modulation(jnp.asarray(t, jnp.float32), pooled)
-        return self.velocity(
-            x, modulation, self.embed_context(context), context_counts=context_counts, skip=skip
-        )
+        return self.velocity(x, modulation, self.embed_context(context), context_counts=context_counts, skip=skip)
 
 
 def _run(block: JointBlock, carry, image, text, off, counts):

@@ -214,7 +214,9 @@ def check_size(height: int, width: int, multiple: int, largest: int):
 
 def check_finite(x: jax.Array, stage: str):
     if not bool(jnp.isfinite(x).all()):
-        raise FloatingPointError(f"the latents hold NaN or infinity after {stage}: try dtype float32 or a lower guidance")
+        raise FloatingPointError(
+            f"the latents hold NaN or infinity after {stage}: try dtype float32 or a lower guidance"
+        )
 
 
 def to_pixels(decoded: jax.Array, kind: str) -> jax.Array:

@@ -54,7 +54,9 @@ class Weights:
     A waiting component is placed before the first stage of a run of stages that needs it and let go after the last.
     """
 
-    def __init__(self, modules: Mapping[str, nnx.Module], waiting: Mapping[str, Callable[[], nnx.Module]] | None = None):
+    def __init__(
+        self, modules: Mapping[str, nnx.Module], waiting: Mapping[str, Callable[[], nnx.Module]] | None = None
+    ):
         self.resident = dict(modules)
         self.waiting = dict(waiting or {})
 

@@ -19,7 +19,6 @@ from jdit.nn.vae.autoencoder_kl import AutoencoderKL
 from jdit.nn.vae.tiling import decode_tiled, encode_tiled, one_at_a_time
 from jdit.pipeline import base
 from jdit.pipeline.executor import Stage, run
-from jdit.pipeline.schedule import flow_scheduler
 from jdit.sampling import guidance as guide
 from jdit.structs import Output, Prompt, Text
 
@@ -212,7 +211,8 @@ class StableDiffusion3(base.Pipeline):
 
     def table(self, height: int, width: int, steps: int, *, shift=None, solver=None, strength: float | None = None):
         """The solver's table of a run; with `strength` only its last part, as upstream's image to image begins."""
-        config = flow_scheduler(self.parts.scheduler, solver)
+        config = sampling.with_solver(self.parts.scheduler, solver) if isinstance(solver, str) else solver
+        config = self.parts.scheduler if config is None else config
         tokens = (height // self.size_multiple) * (width // self.size_multiple)
         mu = sampling.dynamic_mu(config, tokens) if config.get("use_dynamic_shifting") else None
         begin = 0 if strength is None else sampling.start_index(steps, strength)
@@ -221,11 +221,11 @@ class StableDiffusion3(base.Pipeline):
     def _skip(self, a: Mapping[str, Any], steps: int) -> LayerSkip | None:
         if not a.get("skip_layers"):
             return None
-        layers, index = self.parts.configs["transformer"].layers, np.arange(steps)
+        layers = self.parts.configs["transformer"].layers
         if bad := [i for i in a["skip_layers"] if not 0 <= i < layers]:
             raise ValueError(f"skip_layers {bad} do not exist; the transformer has layers 0 to {layers - 1}")
         start, stop = _or(a.get("skip_layer_start"), 0.01), _or(a.get("skip_layer_stop"), 0.2)
-        active = (index > steps * start) & (index < steps * stop)
+        active = guide.active_steps(steps, start, stop)
         scale = jnp.float32(_or(a.get("skip_layer_scale"), 2.8))
         return LayerSkip(jnp.asarray(np.isin(np.arange(layers), a["skip_layers"])), scale, jnp.asarray(active))
 

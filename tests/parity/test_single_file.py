@@ -5,7 +5,10 @@ import json
 import numpy as np
 import pytest
 import torch
-from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint, convert_sd3_transformer_checkpoint_to_diffusers
+from diffusers.loaders.single_file_utils import (
+    convert_ldm_vae_checkpoint,
+    convert_sd3_transformer_checkpoint_to_diffusers,
+)
 from safetensors.torch import load_file, save_file
 from util_sd3 import error, pipeline, vae
 
@@ -23,7 +26,10 @@ def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("single")
     import util_sd3
 
-    small, util_sd3.vae = util_sd3.vae, lambda: vae(block_out_channels=(32, 32, 32), norm_num_groups=32, sample_size=1024)
+    small, util_sd3.vae = (
+        util_sd3.vae,
+        lambda: vae(block_out_channels=(32, 32, 32), norm_num_groups=32, sample_size=1024),
+    )
     try:
         theirs = pipeline(folder)
     finally:

@@ -7,7 +7,14 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from tokenizers import pre_tokenizers
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
 
 WORDS = ["a", "red", "blue", "cat", "apple", "on", "the", "moon", "sat", "two"]
 
@@ -34,7 +41,9 @@ def clip_tokenizer(folder: Path, pad: str, limit: int = 77) -> CLIPTokenizer:
 
 def t5_tokenizer() -> T5TokenizerFast:
     vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
-    vocab += [("▁" + w, -3.0 - i / 9) for i, w in enumerate(WORDS)] + [(c, -6.0) for c in "abcdefghijklmnopqrstuvwxyz,."]
+    vocab += [("▁" + w, -3.0 - i / 9) for i, w in enumerate(WORDS)] + [
+        (c, -6.0) for c in "abcdefghijklmnopqrstuvwxyz,."
+    ]
     return T5TokenizerFast(vocab=vocab, extra_ids=4)
 
 
@@ -63,9 +72,16 @@ def pipeline(folder: Path, *, t5: bool = True, scheduler=None, **kw) -> StableDi
     clip = lambda seed, width, act: randomise(
         CLIPTextModelWithProjection(
             CLIPTextConfig(
-                vocab_size=len(tokens), hidden_size=width, intermediate_size=24, num_hidden_layers=3,
-                num_attention_heads=2, projection_dim=14, hidden_act=act, eos_token_id=tokens.eos_token_id,
-                bos_token_id=tokens.bos_token_id, pad_token_id=tokens.pad_token_id,
+                vocab_size=len(tokens),
+                hidden_size=width,
+                intermediate_size=24,
+                num_hidden_layers=3,
+                num_attention_heads=2,
+                projection_dim=14,
+                hidden_act=act,
+                eos_token_id=tokens.eos_token_id,
+                bos_token_id=tokens.bos_token_id,
+                pad_token_id=tokens.pad_token_id,
             )  # fmt: skip
         ),
         seed,

@@ -39,7 +39,7 @@ class CLIPTextConfig:
     projection: int | None = 768
     eos_token_id: int = LEGACY_EOS
     dtype: str = "float32"
-    rules: Rules = Rules()  # noqa: RUF009 (frozen)
+    rules: Rules = Rules()
 
     def __post_init__(self):
         check_activation(self.act)

@@ -40,7 +40,7 @@ class T5Config:
     act: str = "gelu_new"
     shared_bias: bool = True
     dtype: str = "float32"
-    rules: Rules = Rules()  # noqa: RUF009 (frozen)
+    rules: Rules = Rules()
 
     def __post_init__(self):
         check_activation(self.act)

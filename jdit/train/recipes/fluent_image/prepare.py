@@ -120,7 +120,7 @@ def prepare(pictures: Path, labels: Path, out: Path) -> int:
         row = {"file_name": f"{_code(Path(name).stem)}.webp", "text": text, "captions": captions(entry["label"], text),
                "group": GROUPS[entry["group"]], "split": "train", "hue": round(colour.hue, 4), "value": round(colour.value, 4),
                "share": round(colour.share, 4)}  # fmt: skip
-        if (RECOLOURED.fullmatch(entry["kind"]) and plain or text in NOUNS) and colour.share >= SHARE:
+        if ((RECOLOURED.fullmatch(entry["kind"]) and plain) or text in NOUNS) and colour.share >= SHARE:
             row["noun"] = NOUNS.get(text) or ALIASES.get(entry["label"], [text])[0]
         picture.save(out / row["file_name"], "WEBP", quality=95, method=4)
         rows.append(row)

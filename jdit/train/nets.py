@@ -1,0 +1,96 @@
+"""Networks as flat dicts of float32 master weights, computed with in another dtype; and their folders in diffusers layout."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array
+
+from convert.component import Component
+from convert.readers import open_folder
+from convert.registry import COMPONENTS
+from convert.stream import load_leaves
+from convert.write import write_back
+from jdit.sharding import abstract, assemble, dotted, leaves
+
+Weights = dict[str, Array]
+"""Dotted path -> array."""
+
+
+class Net:
+    """One network: its config, and the way between weights and module.
+
+    Args:
+        upstream_class: name in `convert.registry.COMPONENTS`. cfg: architecture. dtype: of computation.
+    """
+
+    def __init__(self, upstream_class: str, cfg: Any, dtype: str):
+        self.component: Component = COMPONENTS[upstream_class]
+        self.cfg = dataclasses.replace(cfg, dtype=dtype)
+        self._make = self.component.make(self.cfg)
+        self._master = dataclasses.replace(cfg, dtype="float32")
+        state = nnx.state(nnx.eval_shape(self._make))
+        flat = nnx.to_flat_state(state)
+        self.paths = {dotted(p): p for p, _ in flat}
+        fixed = {dotted(p) for p, var in flat if var.get_metadata().get("fixed")}
+        make = lambda: leaves(self.component.module(self._master, rngs=nnx.Rngs(0)))
+        self.fixed = (
+            {dotted(p): np.asarray(a) for p, a in jax.jit(make)().items() if dotted(p) in fixed} if fixed else {}
+        )
+
+    def init(self, seed: int) -> Weights:
+        """Random float32 weights, tables left out."""
+
+        def make(key):
+            module = self.component.module(self._master, rngs=nnx.Rngs(key))
+            return {dotted(p): a for p, a in leaves(module).items()}
+
+        weights = jax.jit(make)(jax.random.key(seed))
+        return {k: v for k, v in weights.items() if k not in self.fixed}
+
+    def build(self, weights: Mapping[str, Array]) -> nnx.Module:
+        """The module, its leaves cast to the dtype of computation."""
+        full = {**weights, **{k: jnp.asarray(v) for k, v in self.fixed.items()}}
+        cast = {self.paths[k]: v.astype(self.cfg.dtype) for k, v in full.items()}
+        return assemble(self._make, cast)
+
+    def read(self, folder: str | Path) -> Weights:
+        """Weights of this architecture from a component folder in diffusers layout.
+
+        Raises:
+            ConversionError: they do not fit.
+        """
+        targets = abstract(self.component.make(self._master))[1]
+        with open_folder(folder) as reader:
+            found = load_leaves(reader, self.component.rules(self._master), targets, dtype="float32")
+        return {dotted(p): a for p, a in found.items() if dotted(p) not in self.fixed}
+
+    def write(self, folder: str | Path, weights: Mapping[str, Array], dtype: str = "bfloat16") -> None:
+        """A component folder in diffusers layout."""
+        host = {k: np.asarray(v) for k, v in {**weights, **self.fixed}.items()}
+        stem = "model" if self.component.upstream_class.startswith("CLIP") else "diffusion_pytorch_model"
+        cfg = self._master
+        write_back(folder, host, self.component.rules(cfg), self.component.upstream_config(cfg), stem=stem, dtype=dtype)
+
+    def describe(self, weights: Mapping[str, Array]) -> str:
+        millions = sum(v.size for v in weights.values()) / 1e6
+        return f"{self.component.upstream_class}: {millions:.3f} M parameters"
+
+
+def open_net(folder: str | Path, upstream_class: str, dtype: str) -> tuple[Net, Weights]:
+    """A network and its weights from a component folder.
+
+    Raises:
+        ValueError: no such folder, or a component of another kind.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder}: no component in diffusers layout there (config.json is missing)")
+    net = Net(upstream_class, COMPONENTS[upstream_class].config(json.loads(path.read_text())), dtype)
+    return net, net.read(folder)
