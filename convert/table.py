@@ -157,27 +157,25 @@ def _check_leaf(path: str, leaf, sources: list[Source], keys, rules: Sequence[Ru
     problems, covered = [], 0
     seen: dict[str, str] = {}
     for key, op, index in sources:
+        have = tuple(keys[key])
         try:
-            got = _shape(op, keys[key])
             want = _slot(tuple(leaf.shape), index)
+            covered += int(np.prod(want))
+            if (got := _shape(op, have)) != want:
+                problems.append(f"{at(key)}: shape {have} gives {got}, {path} wants {want} ({op.name})")
         except (ValueError, IndexError) as e:
-            problems.append(
-                f"{at(key)}: shape {tuple(keys[key])} cannot become {path} {tuple(leaf.shape)} ({op.name}: {e})"
-            )
-            continue
-        if got != want:
-            problems.append(f"{at(key)}: shape {tuple(keys[key])} gives {got}, {path} wants {want} ({op.name})")
+            problems.append(f"{at(key)}: shape {have} cannot become {path} {tuple(leaf.shape)} ({op.name}: {e})")
         if (where := str(index)) in seen:
             problems.append(f"{at(key)}: {path}{list(index)} already comes from {seen[where]}")
         seen[where] = key
-        covered += int(np.prod(want))
-    if not problems and covered != int(np.prod(leaf.shape)):
-        missing = [k for r in rules if not r.alias for k, _, i in expand(r, {path: leaf}) if str(i) not in seen]
-        if missing:
-            more = f" (and {len(missing) - 1} more of its sources)" if len(missing) > 1 else ""
-            problems.append(f"{at(missing[0])}: missing, {path} needs it{more}")
-        else:
-            problems.append(f"{path}: {'its sources overlap' if covered else 'no rule fills it'}")
+    if covered == int(np.prod(leaf.shape)):
+        return problems
+    missing = [k for r in rules if not r.alias for k, _, i in expand(r, {path: leaf}) if str(i) not in seen]
+    if missing:
+        more = f" (and {len(missing) - 1} more of its sources)" if len(missing) > 1 else ""
+        problems.append(f"{at(missing[0])}: missing, {path} needs it{more}")
+    elif not problems:
+        problems.append(f"{path}: {'its sources overlap' if covered else 'no rule fills it'}")
     return problems
 
 

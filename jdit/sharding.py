@@ -22,13 +22,16 @@ Path = tuple[str | int, ...]
 class Rules:
     """Logical axis name -> mesh axis (or axes). `None` replicates.
 
-    batch, seq, rows: activations (rows: the pixel rows of an autoencoder). embed, heads, mlp, vocab: parameters and the
-    activations that they make. attn: the heads of an attention call, where the sequence is whole again (Ulysses).
+    batch, seq, rows, width: activations (rows: the pixel rows of an autoencoder). embed, heads, mlp, vocab: parameters and
+    the activations that they make; embed is the model width of parameters alone, so that weights may be spread over the
+    axes that activations have their batch on (FSDP). attn: the heads of an attention call, where the sequence is whole
+    again (Ulysses).
     """
 
     batch: MeshAxis = "data"
     seq: MeshAxis = "sequence"
     rows: MeshAxis = "sequence"
+    width: MeshAxis = None
     embed: MeshAxis = None
     heads: MeshAxis = "tensor"
     mlp: MeshAxis = "tensor"

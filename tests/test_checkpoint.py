@@ -1,4 +1,4 @@
-"""jdit checkpoints: Orbax's own API reads them, memory stays at a block, a mesh gets its parts, and a kill leaves nothing."""
+"""jdit checkpoints: Orbax reads them, memory stays at a block, a mesh gets its parts, a kill leaves nothing that loads."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from convert.readers import open_weights
 from convert.write import write_back
 from jdit import checkpoint
 from jdit.checkpoint import CheckpointError
-from jdit.sharding import assemble, dotted, make_mesh
+from jdit.sharding import assemble, make_mesh
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -113,8 +113,8 @@ def test_check_lists_every_mismatch(tmp_path):
         path.write_bytes(raw)
     lines = stream.check(checkpoint.stored(tmp_path / "x", "t"), reader, toy.RULES, toy.targets())
     assert len(lines) == 2
-    assert f"{source}: stem.bias: 1 of 8 values differ" in lines[0]
-    assert f"{source}: layers.2.v.weight: 1 of 64 values differ in blocks.qkv.kernel" in lines[1]
+    assert f"{source}: stem.bias: 1 of 8 values differ in stem.bias" in lines
+    assert f"{source}: layers.2.v.weight: 1 of 64 values differ in blocks.qkv.kernel" in lines
 
 
 def test_dtype_asked_for_and_mixed_dtypes(tmp_path):
@@ -272,6 +272,7 @@ peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 src, dst = sys.argv[1:]
 rules = [Rule("l.{i}.w", "w", ops.linear, layers=range(8))]
 targets = {("w",): jax.ShapeDtypeStruct((8, 2048, 2560), "float32")}
+checkpoint.BLOCK_BYTES = 1 << 24
 before = peak()
 reader = open_weights(src)
 checkpoint.save(dst, {}, {"t": stream.convert_component(reader, rules, targets)})
@@ -286,9 +287,7 @@ def test_memory_stays_at_a_few_blocks_of_a_leaf(tmp_path):
     layers = {f"l.{i}.w": rng.standard_normal((2560, 2048), np.float32) for i in range(8)}
     source = toy.write(tmp_path, layers)
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-c", MEMORY.replace("import jax\n", "import jax\n", 1), str(source), str(tmp_path / "x")]
-    script = command[2].replace("before = peak()", "checkpoint.BLOCK_BYTES = 1 << 24\nbefore = peak()")
-    done = subprocess.run([*command[:2], script, *command[3:]], env=env, capture_output=True, text=True)
+    command = [sys.executable, "-c", MEMORY, str(source), str(tmp_path / "x")]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 140, "MiB above the start"
-    assert dotted(("w",)) in checkpoint.stored(tmp_path / "x", "t")

@@ -99,5 +99,5 @@ def test_mesh_that_cannot_be_had():
 def test_dimension_that_does_not_divide_stays_whole():
     mesh = make_mesh(sequence=8)
     with jax.set_mesh(mesh):
-        out = jax.jit(lambda x: sharding.shard(x, "batch", "seq", "embed", rules=Rules()))(jnp.ones((2, 13, 4)))
+        out = jax.jit(lambda x: sharding.shard(x, "batch", "seq", "width", rules=Rules()))(jnp.ones((2, 13, 4)))
     np.testing.assert_array_equal(out, np.ones((2, 13, 4)))

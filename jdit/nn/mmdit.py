@@ -140,7 +140,7 @@ class JointBlock(nnx.Module):
             x = self.image.feed_forward(x, *mx[3:6])
             if not self.last:
                 c = self.context.feed_forward(_add(c, self.context.attn.out(joint[:, n:]), mc[2]), *mc[3:6])
-        return shard(x, "batch", "seq", "embed", rules=cfg.rules), shard(c, "batch", "seq", "embed", rules=cfg.rules)
+        return shard(x, "batch", "seq", "width", rules=cfg.rules), shard(c, "batch", "seq", "embed", rules=cfg.rules)
 
 
 def _add(x, update, gate):
@@ -220,7 +220,7 @@ class MMDiT(nnx.Module):
         if context_counts is not None:
             counts = jnp.concatenate([jnp.ones(rows * columns, jnp.float32), context_counts.astype(jnp.float32)])
         h = self.patch(patchify(x.astype(cfg.dtype), cfg.patch)) + crop_centre(self.pos.get_value(), rows, columns)
-        carry = (shard(h, "batch", "seq", "embed", rules=cfg.rules), context)
+        carry = (shard(h, "batch", "seq", "width", rules=cfg.rules), context)
         for group, blocks, image, text in zip(cfg.groups, self.blocks, modulation.image, modulation.context):
             off = None if skip is None else skip[np.asarray(group.layers)]
             carry = layers.scan_blocks(blocks, carry, (image, text, off), call=lambda b, c, m: _run(b, c, *m, counts))

@@ -223,8 +223,11 @@ class _Clock:
         return (step - first) / max(time.monotonic() - at, 1e-9)
 
 
-def train(task: Task, cfg: Config, *, resume: bool = False) -> Result:
+def train(make: Callable[[Config], Task], cfg: Config, *, resume: bool = False) -> Result:
     """Run a task to its end, or until it is stopped.
+
+    Args:
+        make: builds the task; it is called with the mesh set.
 
     Raises:
         ValueError: no length given, a checkpoint that does not fit, or nothing to resume.
@@ -237,11 +240,12 @@ def train(task: Task, cfg: Config, *, resume: bool = False) -> Result:
     if found and not resume:
         raise ValueError(f"{folder} has checkpoints already: resume (--resume), or choose another run.folder")
     devices = run.devices or jax.device_count()
-    if task.examples % devices:
-        raise ValueError(f"data.batch = {task.examples} does not divide over {devices} devices")
+    if cfg.data.batch % devices:
+        raise ValueError(f"data.batch = {cfg.data.batch} does not divide over {devices} devices")
     mesh = make_mesh(data=devices)
     with jax.set_mesh(mesh), _Stop() as stop:
         everywhere = NamedSharding(mesh, P())
+        task = make(cfg)
         total = run.steps or 2**30
         state = jax.device_put(init_state(task.init(), cfg.optim, total), everywhere)
         data = jax.device_put(task.data, everywhere)

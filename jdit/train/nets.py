@@ -69,7 +69,8 @@ class Net:
         targets = abstract(self.component.make(self._master))[1]
         with open_folder(folder) as reader:
             found = load_leaves(reader, self.component.rules(self._master), targets, dtype="float32")
-        return {dotted(p): a for p, a in found.items() if dotted(p) not in self.fixed}
+        # by way of the host: not tied to one device, so that a mesh may take them
+        return {dotted(p): jnp.asarray(np.asarray(a)) for p, a in found.items() if dotted(p) not in self.fixed}
 
     def write(self, folder: str | Path, weights: Mapping[str, Array], dtype: str = "bfloat16") -> None:
         """A component folder in diffusers layout."""

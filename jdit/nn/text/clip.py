@@ -81,7 +81,7 @@ class CLIPBlock(nnx.Module):
             x = x + self.out(jnp.einsum("bhns,bshk->bnhk", weights, v).reshape(b, n, d))
         with jax.named_scope("mlp"):
             x = x + self.mlp(self.norm2(x))
-        return shard(x, "batch", None, "embed", rules=self.cfg.rules)
+        return shard(x, "batch", None, "width", rules=self.cfg.rules)
 
 
 class CLIPText(nnx.Module):
@@ -117,7 +117,7 @@ class CLIPText(nnx.Module):
             raise ValueError(f"{n} tokens; this CLIP text encoder has {cfg.max_positions} positions")
         if not 0 <= skip < cfg.layers:
             raise ValueError(f"skip={skip}; with {cfg.layers} layers it can be 0 to {cfg.layers - 1}")
-        x = shard(self.tokens(tokens) + self.positions(jnp.arange(n)), "batch", None, "embed", rules=cfg.rules)
+        x = shard(self.tokens(tokens) + self.positions(jnp.arange(n)), "batch", None, "width", rules=cfg.rules)
         wanted = cfg.layers - 1 - skip
 
         def call(block: CLIPBlock, carry, layer):

@@ -117,7 +117,7 @@ class T5Block(nnx.Module):
             up = self.up(self.norm2(x))
             y = ACTIVATIONS[cfg.act](up[:, :, 0])
             x = x + self.down(y * up[:, :, 1] if cfg.gated else y)
-        return shard(x, "batch", None, "embed", rules=cfg.rules)
+        return shard(x, "batch", None, "width", rules=cfg.rules)
 
 
 class T5(nnx.Module):
@@ -143,6 +143,6 @@ class T5(nnx.Module):
             lengths: tokens of each row that are attended to, the rest being padding; None attends to padding too, as
                 Stable Diffusion 3 does.
         """
-        x = shard(self.tokens(tokens), "batch", None, "embed", rules=self.cfg.rules)
+        x = shard(self.tokens(tokens), "batch", None, "width", rules=self.cfg.rules)
         bias = self.bias(tokens.shape[1]) if self.cfg.shared_bias else None
         return self.norm(scan_blocks(self.blocks, x, call=lambda block, x, _: block(x, bias, lengths)))
