@@ -221,6 +221,8 @@ def _copy(out: np.ndarray, value: np.ndarray) -> None:
     if value.ndim < 2 or value.strides[-1] == value.itemsize:
         out[...] = value
         return
+    if out.dtype == value.dtype and out.itemsize in (1, 2, 4, 8):  # NumPy moves bfloat16 element by element
+        out, value = out.view(f"u{out.itemsize}"), value.view(f"u{out.itemsize}")
     for r in range(0, value.shape[-2], TILE):
         for c in range(0, value.shape[-1], TILE):
             out[..., r : r + TILE, c : c + TILE] = value[..., r : r + TILE, c : c + TILE]

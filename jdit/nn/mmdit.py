@@ -140,7 +140,7 @@ class JointBlock(nnx.Module):
             x = self.image.feed_forward(x, *mx[3:6])
             if not self.last:
                 c = self.context.feed_forward(_add(c, self.context.attn.out(joint[:, n:]), mc[2]), *mc[3:6])
-        return shard(x, "batch", "seq", "width", rules=cfg.rules), shard(c, "batch", "seq", "embed", rules=cfg.rules)
+        return shard(x, "batch", "seq", "width", rules=cfg.rules), shard(c, "batch", "seq", "width", rules=cfg.rules)
 
 
 def _add(x, update, gate):

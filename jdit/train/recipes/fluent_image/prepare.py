@@ -3,7 +3,8 @@
     npm pack @lobehub/fluent-emoji-3d@1.1.0 emojibase-data@17.0.0
     python -m jdit.train.recipes.fluent_image.prepare lobehub-fluent-emoji-3d-1.1.0.tgz emojibase-data-17.0.0.tgz data/fluent
 
-Writes pictures of 128 px with transparency, metadata.jsonl (file_name, text, captions, split, noun, hue, ...) and the licence texts.
+Writes pictures of 128 px with transparency, metadata.jsonl (file_name, text, captions, split, noun, hue, ...), held_out.txt
+(a copy of which is in the recipe) and the licence texts.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from jdit.train.colour import WORDS, dominant
+from jdit.train.colour import COLOURS, WORDS, dominant
 from jdit.train.examples import article
 
 SIZE = 128
@@ -128,9 +129,28 @@ def prepare(pictures: Path, labels: Path, out: Path) -> int:
         row["split"] = "val"
     with open(out / "metadata.jsonl", "w") as f:
         f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (out / "held_out.txt").write_text("\n".join(hold_out(rows)) + "\n")
     (out / "LICENSE-emojibase-data").write_bytes(base["LICENSE"])
     (out / "LICENSE-fluent-emoji").write_text(FLUENT_LICENSE)
     return len(rows)
+
+
+def hold_out(rows: list[dict], number: int = 160) -> list[str]:
+    """"colour noun" pairs that are never trained, to measure whether colours carry over: at most two of a noun's colours,
+    each far from its own. "blue banana" is one of them."""
+    rng, taken = random.Random(SEED), {row["text"] for row in rows}
+    pairs = []
+    for row in rows:
+        if not row.get("noun") or row["split"] == "val":
+            continue
+        far = []
+        for name, colour in COLOURS.items():
+            middle = sum(colour.hues) / 720
+            distance = abs((row["hue"] - middle + 0.5) % 1 - 0.5)
+            if distance > 60 / 360 and f"{name} {row['noun']}" not in taken:
+                far.append(f"{name} {row['noun']}")
+        pairs += rng.sample(far, min(2, len(far)))
+    return ["blue banana", *sorted(rng.sample([p for p in pairs if not p.endswith(" banana")], min(number - 1, len(pairs))))]
 
 
 FLUENT_LICENSE = """MIT License
