@@ -67,7 +67,7 @@ class Run:
         minutes: length by the clock: the speed is measured and the schedule fitted to it. Earlier parts of a resumed run count.
         stop_after: minutes after which this call saves and stops, finished or not; 0: never.
         chunk: steps a dispatch; the host looks in between. log, save, sheet: seconds from one to the next.
-        devices: 0 takes all. remat: "dots" recomputes all but products in the backward pass, "none" keeps everything.
+        devices: 0 takes all. attention: backend to try first (jdit.nn.attention). remat: "dots" recomputes all but products in the backward pass, "none" keeps everything.
         prompts, guidance, sheet_steps: of the sample sheets. evaluate: captions that are generated to measure recall.
     """
 
@@ -82,6 +82,7 @@ class Run:
     seed: int = 0
     dtype: str = "bfloat16"
     devices: int = 0
+    attention: str = ""
     remat: str = "none"
     prompts: tuple[str, ...] = ()
     guidance: float = 4.0

@@ -17,7 +17,7 @@ from jdit.sharding import Rules, shard
 from jdit.train import data as data_folder
 from jdit.train import examples as ex
 from jdit.train.config import Config
-from jdit.train.nets import Net, Weights, open_net
+from jdit.train.nets import Net, Weights, everywhere, open_net
 from jdit.train.sheet import Sampler, colours_right, draw_sheet, recall
 
 log = logging.getLogger("jdit")
@@ -56,10 +56,12 @@ class FlowTask:
             self.train.items, held_out=self.held_out, backgrounds=cfg.data.backgrounds, seed=cfg.run.seed
         )
         self.examples = cfg.data.batch
+        self._run_clips = jax.jit(self._clip_states)
         states, pooled = self.encode(self.list.texts)
         self.data = {
             "latents": self._latents(), "states": states, "pooled": pooled, "draw": ex.drawable(self.list, cfg.data.mix),
         }  # fmt: skip
+        self.texts: dict[tuple[str, ...], tuple[Array, Array]] = {}
         self.sampler = Sampler(self.net, self.vae, self.vae_weights, self.counts, cfg.run.sheet_steps)
         log.info("%d examples, %d captions", len(self.list.picture), len(self.list.texts))
 
@@ -80,25 +82,22 @@ class FlowTask:
         """How many tokens each context token stands for."""
         return jnp.ones(self.tokenizers[0].max_length + 1).at[-1].set(ABSENT_T5)
 
+    def _clip_states(self, weights, tokens):
+        outs = [net.build(w)(t) for (net, _), w, t in zip(self.clips, weights, tokens)]
+        states = jnp.concatenate([o.states for o in outs], -1)
+        states = jnp.pad(states, ((0, 0), (0, 1), (0, self.net.cfg.joint_dim - states.shape[-1])))
+        return states.astype(jnp.bfloat16), jnp.concatenate([o.projected for o in outs], -1).astype(jnp.bfloat16)
+
     def encode(self, texts: list[str]) -> tuple[Float[Array, "U L J"], Float[Array, "U P"]]:
         """Text states (the zero token last) and pooled vectors of captions, bfloat16."""
-        joint = self.net.cfg.joint_dim
-
-        @jax.jit
-        def run(weights, tokens):
-            outs = [net.build(w)(t) for (net, _), w, t in zip(self.clips, weights, tokens)]
-            states = jnp.concatenate([o.states for o in outs], -1)
-            states = jnp.pad(states, ((0, 0), (0, 1), (0, joint - states.shape[-1])))
-            return states.astype(jnp.bfloat16), jnp.concatenate([o.projected for o in outs], -1).astype(jnp.bfloat16)
-
         weights = [w for _, w in self.clips]
         tokens = [t.encode(texts) for t in self.tokenizers]
-        parts = [run(weights, [t[i] for t in tokens]) for i in _batches(len(texts), 4096)]
+        parts = [self._run_clips(weights, [t[i] for t in tokens]) for i in _batches(len(texts), 4096)]
         return tuple(jnp.concatenate(p)[: len(texts)] for p in zip(*parts))
 
     def _latents(self) -> Float[Array, "E h w C"]:
         """Normalised latents (the posterior's mean) of all examples, bfloat16."""
-        rgba, colours = jnp.asarray(self.train.rgba), jnp.asarray(self.train.colours)
+        rgba, colours = everywhere((self.train.rgba, self.train.colours))
 
         @jax.jit
         def run(weights, rgba, colours, *rows):
@@ -161,8 +160,11 @@ class FlowTask:
         return figures
 
     def _text(self, texts: list[str]) -> tuple[Array, Array]:
-        """States and pooled vectors of the empty caption, then of `texts`."""
-        return self.encode(["", *texts])
+        """States and pooled vectors of the empty caption, then of `texts`; kept for the next sheet."""
+        key = tuple(texts)
+        if key not in self.texts:
+            self.texts[key] = self.encode(["", *texts])
+        return self.texts[key]
 
     def finish(self, ema: Weights, folder: Path) -> dict[str, float]:
         self.net.write(folder / "transformer", ema)

@@ -1,6 +1,7 @@
 """The training loop: state, step, schedule, checkpoints with exact resume, signals and the log."""
 
 import dataclasses
+import json
 import logging
 import math
 import re
@@ -19,9 +20,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from jdit.atomic import write_file
 from jdit.sharding import make_mesh
 from jdit.train.config import Config, Optim
-from jdit.train.nets import Weights
+from jdit.train.nets import Weights, preferring
 
 try:
     import optax
@@ -32,6 +34,8 @@ log = logging.getLogger("jdit")
 
 KEEP = 2
 """Checkpoints that stay."""
+RESULT = "result.json"
+"""Written at the end of a run: its figures."""
 FIT_UNTIL = 0.5
 """Share of the time during which the length of the schedule follows the measured speed."""
 
@@ -243,7 +247,7 @@ def train(make: Callable[[Config], Task], cfg: Config, *, resume: bool = False) 
     if cfg.data.batch % devices:
         raise ValueError(f"data.batch = {cfg.data.batch} does not divide over {devices} devices")
     mesh = make_mesh(data=devices)
-    with jax.set_mesh(mesh), _Stop() as stop:
+    with jax.set_mesh(mesh), preferring(run.attention), _Stop() as stop:
         everywhere = NamedSharding(mesh, P())
         task = make(cfg)
         total = run.steps or 2**30
@@ -292,7 +296,7 @@ def _loop(task, cfg: Config, folder: Path, state: State, data, chunk, stop: _Sto
         if step < total and (stop.asked or over):
             path = keep()
             log.info("stopped at step %d of %d; saved %s; go on with --resume", step, total, path)
-            _sheet(task, state.ema, folder, step)
+            figures |= _sheet(task, state.ema, folder, step) | task.finish(state.ema, folder)
             return Result(folder, step, False, figures)
         if due("save"):
             keep()
@@ -302,6 +306,8 @@ def _loop(task, cfg: Config, folder: Path, state: State, data, chunk, stop: _Sto
     keep()
     figures |= _sheet(task, state.ema, folder, step)
     figures |= task.finish(state.ema, folder)
+    record = {"steps": step, "minutes": clock.seconds / 60, "devices": jax.device_count(), **figures}
+    write_file(folder / RESULT, json.dumps(record, indent=2) + "\n")
     log.info("done: %d steps in %.1f minutes; %s; result in %s", step, clock.seconds / 60, _line(figures), folder)
     return Result(folder, step, True, figures)
 

@@ -1,8 +1,9 @@
 """Networks as flat dicts of float32 master weights, computed with in another dtype; and their folders in diffusers layout."""
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from convert.component import Component
@@ -17,10 +20,38 @@ from convert.readers import open_folder
 from convert.registry import COMPONENTS
 from convert.stream import load_leaves
 from convert.write import write_back
+from jdit.nn import attention
 from jdit.sharding import abstract, assemble, dotted, leaves
 
 Weights = dict[str, Array]
 """Dotted path -> array."""
+
+
+def everywhere(tree: Any) -> Any:
+    """A pytree of arrays on every device of the mesh that is set; on the default device if there is none."""
+    mesh = jax.sharding.get_mesh()
+    place = None if mesh.empty else NamedSharding(mesh, P())
+    return jax.tree.map(lambda a: jnp.asarray(a) if place is None else jax.device_put(a, place), tree)
+
+
+@contextlib.contextmanager
+def preferring(backend: str) -> Iterator[None]:
+    """Let attention try one backend first; "" leaves the order as it is.
+
+    Raises:
+        ValueError: an unknown backend.
+    """
+    before = dict(attention.BACKENDS)
+    if backend and backend not in before:
+        raise ValueError(f"run.attention = {backend!r}; there are {', '.join(before)}")
+    first = {backend: before[backend]} if backend else {}
+    attention.BACKENDS.clear()
+    attention.BACKENDS.update(first | before)
+    try:
+        yield
+    finally:
+        attention.BACKENDS.clear()
+        attention.BACKENDS.update(before)
 
 
 class Net:
@@ -69,8 +100,7 @@ class Net:
         targets = abstract(self.component.make(self._master))[1]
         with open_folder(folder) as reader:
             found = load_leaves(reader, self.component.rules(self._master), targets, dtype="float32")
-        # by way of the host: not tied to one device, so that a mesh may take them
-        return {dotted(p): jnp.asarray(np.asarray(a)) for p, a in found.items() if dotted(p) not in self.fixed}
+        return everywhere({dotted(p): np.asarray(a) for p, a in found.items() if dotted(p) not in self.fixed})
 
     def write(self, folder: str | Path, weights: Mapping[str, Array], dtype: str = "bfloat16") -> None:
         """A component folder in diffusers layout."""

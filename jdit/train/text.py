@@ -24,7 +24,7 @@ from jdit.sharding import Rules, assemble, dotted, leaves, shard
 from jdit.train import data as data_folder
 from jdit.train import examples as ex
 from jdit.train.config import Config
-from jdit.train.nets import Net, Weights
+from jdit.train.nets import Net, Weights, everywhere
 
 log = logging.getLogger("jdit")
 
@@ -142,21 +142,18 @@ class TextTask:
         make = lambda act: Net("CLIPTextModelWithProjection", CLIPTextConfig(**shared, act=act), cfg.run.dtype)
         self.nets = {name: make(act) for name, act in acts.items()}
         self.tower = lambda dtype: Tower(m["tower"], m["projection"], dtype, rngs=nnx.Rngs(cfg.run.seed))
-        self.data = {
-            "rgba": jnp.asarray(train.rgba), "colours": jnp.asarray(train.colours),
-            "tokens": [jnp.asarray(t.encode(self.list.texts)) for t in self.tokenizers],
-            "draw": ex.drawable(self.list, cfg.data.mix),
-            "rows": [jnp.asarray(a) for a in (self.list.picture, self.list.colour, self.list.background)],
-        }  # fmt: skip
+        self.data = everywhere({
+            "rgba": train.rgba, "colours": train.colours, "draw": ex.drawable(self.list, cfg.data.mix),
+            "tokens": [t.encode(self.list.texts) for t in self.tokenizers],
+            "rows": [self.list.picture, self.list.colour, self.list.background],
+        })  # fmt: skip
+        self._see, self._say = jax.jit(self._embed_pictures), jax.jit(self._embed_texts)
         self.examples = cfg.data.batch
 
     def init(self) -> Weights:
         out: Weights = {"scale": jnp.float32(np.log(1 / 0.07))}
         for n, (name, net) in enumerate(self.nets.items()):
             weights = net.init(self.cfg.run.seed + n)
-            # CLIP's scales of the embeddings; a lookup's default variance of 1 / width drowns the positions' part
-            weights["tokens.embedding"] = weights["tokens.embedding"] * 0.02 * net.cfg.width**0.5
-            weights["positions.embedding"] = weights["positions.embedding"] * 0.01 * net.cfg.width**0.5
             log.info("%s: %s", name, net.describe(weights))
             out |= {f"{name}.{k}": v for k, v in weights.items()}
         tower = jax.jit(lambda: {dotted(p): a for p, a in leaves(self.tower("float32")).items()})()
@@ -198,8 +195,8 @@ class TextTask:
         zero = jnp.zeros(n, jnp.int32)
         pictures = ex.render(jnp.asarray(self.val.rgba), jnp.asarray(self.val.colours), jnp.arange(n), zero - 1, zero)
         tokens = [jnp.asarray(t.encode([i.text for i in self.val.items])) for t in self.tokenizers]
-        seen = jax.jit(self._embed_pictures)(ema, pictures)
-        said = jax.jit(self._embed_texts)(ema, tokens)
+        seen = self._see(ema, pictures)
+        said = self._say(ema, tokens)
         none = jnp.zeros((n, n), bool)
         hits = [float(contrastive(a, b, 1.0, none)[1]) for a, b in zip(said, seen)]
         return {"val_top1_l": hits[0], "val_top1_g": hits[1], "val_pairs": n}

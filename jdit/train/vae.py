@@ -19,7 +19,7 @@ from jdit.sharding import Rules, shard
 from jdit.train import data as data_folder
 from jdit.train.colour import COLOURS, background_table, composite, recolour_many
 from jdit.train.config import Config
-from jdit.train.nets import Net, Weights
+from jdit.train.nets import Net, Weights, everywhere
 
 log = logging.getLogger("jdit")
 
@@ -64,7 +64,8 @@ class VAETask:
         train, val = data_folder.read(cfg.data.folder, cfg.data.size)
         self.val = val if val.items else train
         self.coloured = sum(cfg.data.mix[1:]) > 0
-        self.data = (jnp.asarray(train.rgba), jnp.asarray(train.colours))
+        self.data = everywhere((train.rgba, train.colours))
+        self._round_trip = _round_trip(self.net)
         self.examples = cfg.data.batch
 
     def init(self) -> Weights:
@@ -113,10 +114,9 @@ class VAETask:
 
     def _reconstruct(self, ema: Weights, rgba: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Originals on white and their reconstructions, float32 in [0, 1]."""
-        run = _round_trip(self.net)
         before, after = [], []
         for start in range(0, len(rgba), 64):
-            x, y = run(ema, jnp.asarray(rgba[start : start + 64]))
+            x, y = self._round_trip(ema, jnp.asarray(rgba[start : start + 64]))
             before.append(np.asarray(x))
             after.append(np.asarray(y))
         return np.concatenate(before), np.concatenate(after)

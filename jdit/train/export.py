@@ -1,0 +1,50 @@
+"""From the results of the three stages to one diffusers folder."""
+
+import json
+import shutil
+from pathlib import Path
+
+from jdit.atomic import whole, write_file
+from jdit.train.sheet import SCHEDULER
+
+PARTS = {
+    "vae": "vae", "text_encoder": "text", "text_encoder_2": "text", "tokenizer": "text", "tokenizer_2": "text",
+    "transformer": "mmdit",
+}  # fmt: skip
+"""Component -> the stage whose folder has it."""
+INDEX = {
+    "_class_name": "StableDiffusion3Pipeline",
+    "_diffusers_version": "0.31.0",
+    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModelWithProjection"],
+    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+    "text_encoder_3": [None, None],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "tokenizer_2": ["transformers", "CLIPTokenizer"],
+    "tokenizer_3": [None, None],
+    "transformer": ["diffusers", "SD3Transformer2DModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+    "image_encoder": [None, None],
+    "feature_extractor": [None, None],
+}
+
+
+def export(stages: dict[str, Path], out: str | Path, *, overwrite: bool = False) -> Path:
+    """Write a pipeline that diffusers' StableDiffusion3Pipeline and jdit load.
+
+    Args:
+        stages: "vae", "text", "mmdit" -> the folder of that run.
+
+    Raises:
+        ValueError: a run that is not finished.
+    """
+    sources = {part: Path(stages[stage]) / part for part, stage in PARTS.items()}
+    if missing := [str(p) for p in sources.values() if not p.is_dir()]:
+        raise ValueError(f"missing {', '.join(missing)}: finish these runs first")
+    with whole(out, overwrite=overwrite) as folder:
+        for part, source in sources.items():
+            shutil.copytree(source, folder / part)
+        (folder / "scheduler").mkdir()
+        write_file(folder / "scheduler" / "scheduler_config.json", json.dumps(SCHEDULER, indent=2) + "\n")
+        write_file(folder / "model_index.json", json.dumps(INDEX, indent=2) + "\n")
+    return Path(out)

@@ -1,0 +1,49 @@
+"""The command line: what it says and how it ends when it is given something bad, and its help."""
+
+import pytest
+from click.testing import CliRunner
+
+from jdit.cli import main
+
+
+def run(*arguments: str):
+    return CliRunner().invoke(main, list(arguments))
+
+
+def error(result) -> str:
+    return " ".join((result.output + result.stderr).split())
+
+
+@pytest.mark.parametrize("command", ["generate", "convert", "inspect", "models", "train"])
+def test_help_has_examples(command):
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    assert command == "models" or f"jdit {command} " in result.output.split("Examples:")[1]
+
+
+def test_models_are_listed():
+    output = run("models").output
+    assert all(name in output for name in ("fluent-image", "sd3.5-medium", "sd3.5-large-turbo"))
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["generate", "a", "-o", "no/such/a.png"], "the folder no/such does not exist"),
+        (["generate", "a", "-o", "a.tif"], "unknown suffix '.tif'; there are .png"),
+        (["generate", "a", "--model", "nowhere"], "nowhere: no such file or folder"),
+        (["generate", "a", "--image", "no.png"], "no picture at no.png"),
+        (["generate", "a", "--skip-layers", "x"], "give layer numbers"),
+        (["generate", "a", "--part", "vae"], "'vae' is not NAME=PATH"),
+        (["convert", "nowhere", "there"], "nowhere: no such file or folder"),
+        (["inspect", "nowhere"], "nowhere: no such file or folder"),
+        (["train", "nowhere"], "no such file, and no recipe of that name"),
+        (["generate"], "Missing argument"),
+    ],
+)
+def test_bad_input_ends_with_2_and_says_what_is_wrong(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert message in error(result)
+    assert not list(tmp_path.iterdir())
