@@ -16,14 +16,14 @@ class Component(NamedTuple):
 
     Attributes:
         upstream_class: `_class_name` (diffusers) or architecture (transformers).
-        module: our class, built as module(cfg, rngs=...).
+        module: our class, an nnx.Module built as module(cfg, rngs=...).
         config: upstream config.json -> our config.
         upstream_config: our config -> upstream config.json.
         rules: our config -> the family's table.
     """
 
     upstream_class: str
-    module: type[nnx.Module]
+    module: type[Any]
     config: Callable[[dict], Any]
     upstream_config: Callable[[Any], dict]
     rules: Callable[[Any], list[Rule]]

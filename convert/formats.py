@@ -8,6 +8,7 @@ unpickled otherwise.
 import functools
 import json
 import math
+import re
 import struct
 import zipfile
 from collections.abc import Callable, Mapping
@@ -27,6 +28,7 @@ DTYPES = {
     "F32": np.float32, "F64": np.float64, "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2,
 }  # fmt: skip
 MAX_HEADER = 100_000_000
+_ENTRY = re.compile(rb'"([^"\\]+)"\s*:\s*\{')
 
 
 class Tensor(NamedTuple):
@@ -71,7 +73,7 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
         if not isinstance(header, dict):
             raise ValueError("it is no object")
     except ValueError as e:
-        raise ConversionError(f"{path}: corrupt header: {e}") from e
+        raise ConversionError(f"{path}: {_near(raw, e)}: corrupt header: {e}") from e
     header.pop("__metadata__", None)
     entries, spans = {}, []
     for key, entry in header.items():
@@ -101,9 +103,16 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
     return entries
 
 
+def _near(raw: bytes, error: ValueError) -> str:
+    """The tensor whose entry in a header cannot be parsed: the last one that begins before the place of the error."""
+    place = getattr(error, "pos", getattr(error, "start", len(raw)))
+    begun = [m for m in _ENTRY.finditer(raw) if m.start() <= place]
+    return begun[-1][1].decode(errors="replace") if begun else "its first tensor"
+
+
 def _read(path: Path, key: str, shape: tuple[int, ...], dtype: np.dtype, offset: int) -> np.ndarray:
     out = np.empty(shape, dtype)
-    view = memoryview(out.reshape(-1).view(np.uint8))
+    view = out.reshape(-1).view(np.uint8).data
     try:
         with open(path, "rb", buffering=0) as f:
             f.seek(offset)

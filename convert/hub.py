@@ -45,7 +45,8 @@ def resolve(source: str | os.PathLike, *, offline: bool = False) -> Path:
     if offline:
         raise ConversionError(f"{source}: no such path, and as a hub id {lacks}; the hub was not asked (offline)")
     try:
-        return Path(snapshot_download(repo, revision=revision, **_patterns(repo, revision)))
+        wanted, unwanted = _patterns(repo, revision)
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted))
     except Exception as e:  # the hub's client raises its own, httpx's and OS errors
         reason = (str(e).strip().splitlines() or [""])[0]
         why = f"{type(e).__name__}: {reason}"
@@ -78,7 +79,8 @@ def _whole(folder: Path) -> bool:
     return bool(sets)
 
 
-def _patterns(repo: str, revision: str | None) -> dict[str, list[str]]:
+def _patterns(repo: str, revision: str | None) -> tuple[list[str], list[str]]:
+    """Patterns of the files to fetch, and of those to leave."""
     from huggingface_hub import HfApi
 
     files = HfApi().list_repo_files(repo, revision=revision)
@@ -87,7 +89,4 @@ def _patterns(repo: str, revision: str | None) -> dict[str, list[str]]:
     weights = [f"{below}*.safetensors"] if safe else [f"{below}*{suffix}" for suffix in PICKLED]
     if not below:  # original releases mix the two
         weights += [f"*{suffix}" for suffix in PICKLED]
-    return {
-        "allow_patterns": _CONFIGS + weights,
-        "ignore_patterns": ["*.fp16*", "*.non_ema*", "*onnx*", "*openvino*", "flax*"],
-    }
+    return _CONFIGS + weights, ["*.fp16*", "*.non_ema*", "*onnx*", "*openvino*", "flax*"]

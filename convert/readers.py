@@ -131,7 +131,10 @@ def _index(path: Path) -> list[Path]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise ConversionError(f"{path}: corrupt index: {e}") from e
     if missing := [s for s in shards if not (path.parent / s).is_file()]:
-        raise ConversionError(f"{path.parent / missing[0]}: missing ({len(missing)} of {len(shards)} shards are)")
+        first = next(k for k, s in weights.items() if s == missing[0])
+        raise ConversionError(
+            f"{path.parent / missing[0]}: missing ({len(missing)} of {len(shards)} shards are); {first} is to be in it"
+        )
     for shard in shards:
         have = tensors_of(path.parent / shard) if shard.endswith(SAFETENSORS) else None
         lost = [k for k, s in weights.items() if s == shard and have is not None and k not in have]

@@ -4,7 +4,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from convert import autoencoder_kl, clip, sd3, single, t5
+from convert import autoencoder_kl as kl
+from convert import clip, sd3, single, t5
 from convert.component import Component
 from convert.layout import Signature
 from convert.table import Rule
@@ -24,7 +25,7 @@ COMPONENTS: dict[str, Component] = {
     c.upstream_class: c
     for c in (
         Component("SD3Transformer2DModel", MMDiT, sd3.config, sd3.upstream_config, sd3.rules),
-        Component("AutoencoderKL", AutoencoderKL, autoencoder_kl.config, autoencoder_kl.upstream_config, autoencoder_kl.rules),
+        Component("AutoencoderKL", AutoencoderKL, kl.config, kl.upstream_config, kl.rules),
         _clip("CLIPTextModelWithProjection"),
         _clip("CLIPTextModel"),
         Component("T5EncoderModel", T5, t5.config, t5.upstream_config, t5.rules),
@@ -87,7 +88,7 @@ class Original(NamedTuple):
 _ORIGINALS = {
     "transformer": Original("SD3Transformer2DModel", sd3.original_config, sd3.original_rules, "model.diffusion_model."),
     "vae": Original(
-        "AutoencoderKL", single.vae_config, lambda c: autoencoder_kl.original_rules(c, ""), "first_stage_model."
+        "AutoencoderKL", single.vae_config, lambda c: kl.original_rules(c, ""), "first_stage_model."
     ),
     "text_encoder": Original(
         "CLIPTextModelWithProjection", lambda s: single.clip_config(s, act="quick_gelu"), clip.original_rules,

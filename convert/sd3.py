@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from convert import ops
 from convert.table import ALL, ConversionError, Rule
@@ -59,7 +59,7 @@ def _parts(source: str, target: str, n: int, layers=None, *, swap: bool = False)
     ]
 
 
-def _separate_qkv(names: tuple[str, str, str], target: str, layers) -> list[Rule]:
+def _separate_qkv(names: Iterable[str], target: str, layers) -> list[Rule]:
     out = []
     for i, name in enumerate(names):
         out.append(Rule(f"{name}.weight", f"{target}.kernel", ops.linear, (ALL, i), layers))
@@ -86,27 +86,27 @@ def _edges(cfg: MMDiTConfig) -> list[Rule]:
 
 
 def _group(cfg: MMDiTConfig, g: Group, target: str) -> list[Rule]:
-    b, at = "transformer_blocks.{i}", dict(layers=g.layers)
+    b, at = "transformer_blocks.{i}", g.layers
     out = [
         *_parts(f"{b}.norm1.linear", f"{target}.image.mod", 9 if g.dual else 6, g.layers),
         *_parts(f"{b}.norm1_context.linear", f"{target}.context.mod", 2 if g.last else 6, g.layers, swap=g.last),
-        *_separate_qkv(tuple(f"{b}.attn.to_{x}" for x in "qkv"), f"{target}.image.attn.qkv", g.layers),
-        *_separate_qkv(tuple(f"{b}.attn.add_{x}_proj" for x in "qkv"), f"{target}.context.attn.qkv", g.layers),
-        *_dense(f"{b}.attn.to_out.0", f"{target}.image.attn.out", **at),
+        *_separate_qkv([f"{b}.attn.to_{x}" for x in "qkv"], f"{target}.image.attn.qkv", g.layers),
+        *_separate_qkv([f"{b}.attn.add_{x}_proj" for x in "qkv"], f"{target}.context.attn.qkv", g.layers),
+        *_dense(f"{b}.attn.to_out.0", f"{target}.image.attn.out", layers=at),
         *_mlp(f"{b}.ff.net.0.proj", f"{b}.ff.net.2", f"{target}.image.mlp", g.layers),
     ]
     if not g.last:
-        out += _dense(f"{b}.attn.to_add_out", f"{target}.context.attn.out", **at)
+        out += _dense(f"{b}.attn.to_add_out", f"{target}.context.attn.out", layers=at)
         out += _mlp(f"{b}.ff_context.net.0.proj", f"{b}.ff_context.net.2", f"{target}.context.mlp", g.layers)
     if g.dual:
-        out += _separate_qkv(tuple(f"{b}.attn2.to_{x}" for x in "qkv"), f"{target}.attn2.qkv", g.layers)
-        out += _dense(f"{b}.attn2.to_out.0", f"{target}.attn2.out", **at)
+        out += _separate_qkv([f"{b}.attn2.to_{x}" for x in "qkv"], f"{target}.attn2.qkv", g.layers)
+        out += _dense(f"{b}.attn2.to_out.0", f"{target}.attn2.out", layers=at)
     if cfg.qk_norm:
         for x in "qk":
-            out.append(Rule(f"{b}.attn.norm_{x}.weight", f"{target}.image.attn.norm_{x}.scale", **at))
-            out.append(Rule(f"{b}.attn.norm_added_{x}.weight", f"{target}.context.attn.norm_{x}.scale", **at))
+            out.append(Rule(f"{b}.attn.norm_{x}.weight", f"{target}.image.attn.norm_{x}.scale", layers=at))
+            out.append(Rule(f"{b}.attn.norm_added_{x}.weight", f"{target}.context.attn.norm_{x}.scale", layers=at))
             if g.dual:
-                out.append(Rule(f"{b}.attn2.norm_{x}.weight", f"{target}.attn2.norm_{x}.scale", **at))
+                out.append(Rule(f"{b}.attn2.norm_{x}.weight", f"{target}.attn2.norm_{x}.scale", layers=at))
     return out
 
 
@@ -119,19 +119,19 @@ def _original_group(cfg: MMDiTConfig, g: Group, target: str) -> list[Rule]:
     out: list[Rule] = []
     sides = [("x_block", "image", 9 if g.dual else 6), ("context_block", "context", 2 if g.last else 6)]
     for theirs, ours, parts in sides:
-        b, t, at = f"joint_blocks.{{i}}.{theirs}", f"{target}.{ours}", dict(layers=g.layers)
+        b, t, at = f"joint_blocks.{{i}}.{theirs}", f"{target}.{ours}", g.layers
         out += _parts(f"{b}.adaLN_modulation.1", f"{t}.mod", parts, g.layers)
         out += _parts(f"{b}.attn.qkv", f"{t}.attn.qkv", 3, g.layers)
         if cfg.qk_norm:
-            out += [Rule(f"{b}.attn.ln_{x}.weight", f"{t}.attn.norm_{x}.scale", **at) for x in "qk"]
+            out += [Rule(f"{b}.attn.ln_{x}.weight", f"{t}.attn.norm_{x}.scale", layers=at) for x in "qk"]
         if ours == "image" or not g.last:
-            out += _dense(f"{b}.attn.proj", f"{t}.attn.out", **at)
+            out += _dense(f"{b}.attn.proj", f"{t}.attn.out", layers=at)
             out += _mlp(f"{b}.mlp.fc1", f"{b}.mlp.fc2", f"{t}.mlp", g.layers)
     if g.dual:
-        b, t, at = "joint_blocks.{i}.x_block.attn2", f"{target}.attn2", dict(layers=g.layers)
-        out += [*_parts(f"{b}.qkv", f"{t}.qkv", 3, g.layers), *_dense(f"{b}.proj", f"{t}.out", **at)]
+        b, t, at = "joint_blocks.{i}.x_block.attn2", f"{target}.attn2", g.layers
+        out += [*_parts(f"{b}.qkv", f"{t}.qkv", 3, g.layers), *_dense(f"{b}.proj", f"{t}.out", layers=at)]
         if cfg.qk_norm:
-            out += [Rule(f"{b}.ln_{x}.weight", f"{t}.norm_{x}.scale", **at) for x in "qk"]
+            out += [Rule(f"{b}.ln_{x}.weight", f"{t}.norm_{x}.scale", layers=at) for x in "qk"]
     return out
 
 
@@ -152,7 +152,7 @@ def original_rules(cfg: MMDiTConfig) -> list[Rule]:
 
 def original_config(
     shapes: Mapping[str, Sequence[int]], *, dtype: str = "float32", rules: Rules = Rules()
-) -> MMDiTConfig:  # noqa: E501
+) -> MMDiTConfig:
     """The architecture of an original single file, read off its shapes (it carries no config).
 
     Raises:

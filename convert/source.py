@@ -1,4 +1,4 @@
-"""A PyTorch checkpoint opened, whatever its layout: components with their configs, tables and readers; no weights read."""
+"""A PyTorch checkpoint opened, whatever its layout: components with configs, tables and readers; no weights read."""
 
 import dataclasses
 import logging
@@ -43,7 +43,8 @@ class Source:
     """An opened checkpoint.
 
     Attributes:
-        parts: upstream's component name -> Part. scheduler: scheduler_config.json, the family's own where there is none.
+        parts: upstream's component name -> Part.
+        scheduler: scheduler_config.json, the family's own where there is none.
         variant: a name of the zoo, or None.
     """
 
@@ -70,7 +71,7 @@ def open_source(
         plan: how it is run; None is the recognised variant's.
 
     Raises:
-        ConversionError: nothing there, an unknown layout or component, or files that cannot be read; all that was found.
+        ConversionError: nothing there, an unknown layout or component, or files that cannot be read; all findings.
     """
     path = resolve(source)
     layout = detect(path)
@@ -127,7 +128,7 @@ def _open_pipeline(layout: Layout):
     if problems:
         raise ConversionError(
             "; ".join(problems) if len(problems) < 3 else "\n  ".join([f"{len(problems)} problems:", *problems])
-        )  # noqa: E501
+        )
     return family, parts, tokens, scheduler
 
 
@@ -136,7 +137,7 @@ def _open_component(layout: Layout):
     for family, known in registry.FAMILIES.items():
         for part, upstream_class in known.components.items():
             if upstream_class == name:
-                return family, {part: _component(layout.path, name)}, {}, {}
+                return family, {part: _component(layout.path, upstream_class)}, {}, {}
     raise ConversionError(
         f"{layout.path / 'config.json'}: {name!r} is not supported; supported: {sorted(registry.COMPONENTS)}"
     )

@@ -28,7 +28,7 @@ class Digest:
 
     def add(self, key: str, array: np.ndarray) -> None:
         h = hashlib.sha256(f"{key} {array.dtype} {array.shape}".encode())
-        h.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        h.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
         self._tensors[key] = h.hexdigest()
 
     def hexdigest(self) -> str:
@@ -52,14 +52,13 @@ def _stored_dtype(reader: Reader, f: Fill, dtype: DTypeLike | None) -> np.dtype:
 
 def _split(f: Fill, rows: int) -> Iterator[Fill]:
     """A stacked leaf as fills of `rows` layers each; any other leaf as one."""
-    if not f.shape or any(not s.index or not isinstance(s.index[0], int) for s in f.sources):
+    layers = [(s.index[0], s) for s in f.sources if s.index and isinstance(s.index[0], int)]
+    if not f.shape or len(layers) < len(f.sources):
         yield f
         return
     for start in range(0, f.shape[0], rows):
         n = min(rows, f.shape[0] - start)
-        part = [
-            Source(s.key, s.op, (s.index[0] - start, *s.index[1:])) for s in f.sources if 0 <= s.index[0] - start < n
-        ]
+        part = [Source(s.key, s.op, (i - start, *s.index[1:])) for i, s in layers if 0 <= i - start < n]
         yield Fill(f.path, (n, *f.shape[1:]), f.dtype, part)
 
 

@@ -10,7 +10,7 @@ import functools
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -91,7 +91,7 @@ def _slot(shape: tuple[int, ...], index: Index) -> tuple[int, ...]:
 def plan(
     keys: Mapping[str, Sequence[int]],
     rules: Sequence[Rule],
-    targets: Mapping[str, object],
+    targets: Mapping[str, Any],
     where: Callable[[str], str] | None = None,
 ) -> list[Fill]:
     """Match keys (name -> shape) with rules and leaves (dotted path -> shape and dtype).
@@ -119,7 +119,7 @@ def summary(problems: Sequence[str], limit: int = 20) -> str:
 def match(
     keys: Mapping[str, Sequence[int]],
     rules: Sequence[Rule],
-    targets: Mapping[str, object],
+    targets: Mapping[str, Any],
     where: Callable[[str], str] | None = None,
 ) -> tuple[list[Fill], list[str]]:
     """`plan` with the problems as a list, nothing raised."""

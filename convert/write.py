@@ -97,7 +97,7 @@ def write_tensors(path: Path, tensors: Sequence[Out], on_tensor: Callable[[str],
             for t in ordered:
                 if on_tensor is not None:
                     on_tensor(t.key)
-                f.write(memoryview(t.load().reshape(-1).view(np.uint8)))
+                f.write(t.load().reshape(-1).view(np.uint8).data)
         sync(part)
         os.replace(part, path)
     finally:

@@ -17,7 +17,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -124,7 +124,7 @@ def _handler(**options):
     import orbax.checkpoint as ocp
 
     class LeafHandler(ocp.type_handlers.NumpyHandler):
-        async def serialize(self, values, infos, args=None):
+        async def serialize(self, values: Sequence[Any], infos, args=None):
             for value, info in zip(values, infos, strict=True):
                 await _write(value.leaf, Path(info.parent_dir) / info.name)
             return []
@@ -168,7 +168,7 @@ def _nest(flat: Mapping[ParamPath, Any]) -> dict:
     return tree
 
 
-def _pick(tree: Mapping, path: ParamPath):
+def _pick(tree: Any, path: ParamPath) -> Any:
     for part in path:
         tree = tree[str(part)]
     return tree
@@ -200,7 +200,9 @@ def save(
     import orbax.checkpoint as ocp
 
     todo = {
-        name: [leaf_of(p, a) for p, a in leaves.items()] if isinstance(leaves, Mapping) else list(leaves)
+        name: [leaf_of(p, a) for p, a in cast(Mapping[ParamPath, Any], leaves).items()]
+        if isinstance(leaves, Mapping)
+        else list(leaves)
         for name, leaves in components.items()
     }
     size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaves in todo.values() for leaf in leaves)

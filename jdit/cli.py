@@ -178,6 +178,7 @@ def generate(prompts, model, output, grid, dtype, mesh, parts, seed, num_outputs
         task = bar.add_task("denoise", total=None)
         on_step = lambda step, steps: bar.update(task, completed=step, total=steps)
         out = pipe(texts, seed=seed, num_outputs=num_outputs, on_step=on_step, **arguments)
+    assert out.pixels is not None  # only output="latents" has none
     if grid:
         captions = [t for t in texts for _ in range(num_outputs)]
         media.write(media.contact_sheet(out.pixels, captions), output)
@@ -224,7 +225,7 @@ def convert(src, dst, dtype, only, check, to, overwrite, parts):
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--part", "parts", multiple=True, metavar="NAME=PATH", help="Take a component from elsewhere.")
 def inspect(src, as_json, parts):
-    """Tell what a checkpoint is: family, variant, components, sizes, dtypes, problems. Exit code 2 if it has problems."""
+    """Tell what a checkpoint is: family, variant, components, sizes, dtypes. Exit code 2 if it has problems."""
     from convert.inspect import inspect as look
 
     found = look(src, parts=_parts(parts))
@@ -238,7 +239,8 @@ def inspect(src, as_json, parts):
 
 def _print_inspection(found: dict[str, Any]):
     out = Console()
-    out.print(f"{found['source']}: {found['layout']}, family {found['family']}, variant {found['variant'] or 'unknown'}",
+    variant = found["variant"] or "unknown"
+    out.print(f"{found['source']}: {found['layout']}, family {found['family']}, variant {variant}",
               markup=False, highlight=False, soft_wrap=True)  # fmt: skip
     table = Table("component", "kind", "parameters", "size", "dtype", box=None, pad_edge=False)
     for name, c in found["components"].items():

@@ -82,11 +82,12 @@ def load(
     """Load a model.
 
     Args:
-        source: a bundled name (`jdit models` lists them), a jdit checkpoint, a diffusers folder, an original single file
-            or release folder, or a hub id ("org/name[@revision]": the local cache first).
+        source: a bundled name (`jdit models` lists them), a jdit checkpoint, a diffusers folder, an original single
+            file or release folder, or a hub id ("org/name[@revision]": the local cache first).
         mesh: devices to spread over (`jdit.make_mesh`); None is one device. rules: which logical axis goes where.
         dtype: of weights and computation; statistics stay float32.
-        parts: component or tokenizer name -> file or folder to take it from instead ("text_encoder_3": "t5xxl.safetensors").
+        parts: component or tokenizer name -> file or folder to take it from instead, as
+            {"text_encoder_3": "t5xxl.safetensors"}.
 
     Raises:
         ValueError: a source that is not there, is incomplete or broken; the message names file and tensor.

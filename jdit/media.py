@@ -105,12 +105,12 @@ def contact_sheet(pixels: np.ndarray, captions: Sequence[str] = (), *, columns: 
     """All pictures (B, H, W, 3) on one sheet, each over its caption."""
     pixels = as_uint8(np.asarray(pixels))
     b, h, w, _ = pixels.shape
-    columns = columns or min(b, max(1, round(b**0.5 + 0.49)))
+    across = columns or min(b, max(1, round(b**0.5 + 0.49)))
     line = 16 if captions else 0
-    sheet = Image.new("RGB", (columns * (w + 8) + 8, -(-b // columns) * (h + line + 8) + 8), "white")
+    sheet = Image.new("RGB", (across * (w + 8) + 8, -(-b // across) * (h + line + 8) + 8), "white")
     draw = ImageDraw.Draw(sheet)
     for i, frame in enumerate(pixels):
-        x, y = 8 + (i % columns) * (w + 8), 8 + (i // columns) * (h + line + 8)
+        x, y = 8 + (i % across) * (w + 8), 8 + (i // across) * (h + line + 8)
         sheet.paste(Image.fromarray(frame), (x, y))
         if i < len(captions):
             draw.text((x, y + h + 2), _fit_text(draw, captions[i], w), fill="black")

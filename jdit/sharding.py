@@ -10,22 +10,23 @@ from collections.abc import Callable, Iterator
 
 import jax
 from flax import nnx
+from flax.typing import PathParts
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 MESH_AXES = ("data", "sequence", "tensor")
 MeshAxis = str | tuple[str, ...] | None
-Path = tuple[str | int, ...]
+Path = PathParts
 
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
     """Logical axis name -> mesh axis (or axes). `None` replicates.
 
-    batch, seq, rows, width: activations (rows: the pixel rows of an autoencoder). embed, heads, mlp, vocab: parameters and
-    the activations that they make; embed is the model width of parameters alone, so that weights may be spread over the
-    axes that activations have their batch on (FSDP). attn: the heads of an attention call, where the sequence is whole
-    again (Ulysses).
+    batch, seq, rows, width: activations (rows: the pixel rows of an autoencoder). embed, heads, mlp, vocab: parameters
+    and the activations that they make; embed is the model width of parameters alone, so that weights may be spread over
+    the axes that activations have their batch on (FSDP). attn: the heads of an attention call, where the sequence is
+    whole again (Ulysses).
     """
 
     batch: MeshAxis = "data"
@@ -108,8 +109,8 @@ def abstract(make: Callable[[], nnx.Module], mesh: Mesh | None = None, rules: Ru
     """Describe a module without allocating it.
 
     Returns:
-        (graphdef, {path: ShapeDtypeStruct}); with a mesh each leaf carries its NamedSharding. This one tree gives shapes,
-        shardings, the restore target, the converter's targets and the parameter count.
+        (graphdef, {path: ShapeDtypeStruct}); with a mesh each leaf carries its NamedSharding. This one tree gives
+        shapes, shardings, the restore target, the converter's targets and the parameter count.
     """
     graphdef, state = nnx.split(nnx.eval_shape(make))
     leaves: dict[Path, jax.ShapeDtypeStruct] = {}

@@ -71,7 +71,7 @@ DEFAULT = "fluent-image"
 
 
 def recognise(configs: dict[str, Any], name: str = "") -> str | None:
-    """The variant whose transformer has this architecture (placement and dtype aside); `name` decides between equals."""
+    """The variant whose transformer has this architecture (placement, dtype aside); `name` decides between equals."""
     same = lambda a, b: a is not None and b is not None and dataclasses.replace(a, dtype=b.dtype, rules=b.rules) == b
     found = [v for v, known in VARIANTS.items() if same(configs.get("transformer"), known.components["transformer"])]
     named = [v for v in found if "turbo" in v] if "turbo" in name.lower() else [v for v in found if "turbo" not in v]

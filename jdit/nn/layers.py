@@ -4,6 +4,7 @@ Compute dtype = parameter dtype of the layer; statistics are taken in float32.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,9 @@ def fused_linear(d_in: int, n: int, d_out: int, axes: Axes, *, dtype, rngs: nnx.
     )  # fmt: skip
 
 
-def conv(c_in: int, c_out: int, kernel: int, *, stride: int = 1, padding="SAME", dtype, rngs: nnx.Rngs) -> nnx.Conv:
+def conv(
+    c_in: int, c_out: int, kernel: int, *, stride: int = 1, padding: Any = "SAME", dtype, rngs: nnx.Rngs
+) -> nnx.Conv:
     """2D convolution, channels last, kernel (k, k, c_in, c_out)."""
     return nnx.Conv(
         c_in, c_out, (kernel, kernel), strides=stride, padding=padding, dtype=dtype, param_dtype=dtype, rngs=rngs,

@@ -116,7 +116,8 @@ class Pipeline:
         Raises:
             ValueError: as the call.
         """
-        given = dict.fromkeys(("steps", "num_outputs", "height", "width")) | {"output": "uint8"} | arguments
+        unset: dict[str, Any] = dict.fromkeys(("steps", "num_outputs", "height", "width"))
+        given: dict[str, Any] = unset | {"output": "uint8"} | arguments
         self._check(given)
         self.size(given["height"], given["width"])
 
@@ -143,7 +144,7 @@ _listener: Callable[[int, int], None] | None = None
 
 
 def report_step(index: int, steps: int):
-    """The one step callback that stages compile in: it tells the call's own listener, so another one never recompiles."""
+    """The one step callback that stages compile in: it tells the call's listener, so another one never recompiles."""
     if _listener is not None:
         _listener(index + 1, steps)
 

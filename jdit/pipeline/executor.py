@@ -1,4 +1,4 @@
-"""Runs a list of stages: pure functions of weights and values, compiled, timed, and replayed per segment where marked."""
+"""Runs a list of stages: pure functions of weights and values, compiled, timed, and replayed a segment where marked."""
 
 import dataclasses
 import functools

@@ -3,6 +3,7 @@
 B outputs, h w latent rows and columns, C latent channels, L tokens, S steps.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -90,14 +91,16 @@ def denoise(
         del t  # it is in the modulation
         return transformer.velocity(x, row[0], context, context_counts=text.counts)
 
-    def without_layers(x, t, row):
+    def without_layers(x, t, row, *, layers):
         del t
         half = Modulation(*jax.tree.map(lambda m: m[..., -x.shape[0] :, :, :], tuple(row[0])))
         tokens = context[-x.shape[0] :]
-        return transformer.velocity(x, half, tokens, context_counts=text.counts, skip=skip.layers)
+        return transformer.velocity(x, half, tokens, context_counts=text.counts, skip=layers)
 
     if scale is not None and skip is not None:
-        model = guide.skip_layer(model, without_layers, scale, skip.scale, active=lambda row: row[1])
+        model = guide.skip_layer(
+            model, functools.partial(without_layers, layers=skip.layers), scale, skip.scale, active=lambda row: row[1]
+        )
     elif scale is not None:
         model = guide.classifier_free(model, scale)
     return sampling.solve(model, x, table, per_step=rows, on_step=base.report_step if report else None)
@@ -168,9 +171,9 @@ class StableDiffusion3(base.Pipeline):
         """
         cfg = self.parts.configs["transformer"]
         own = cfg.sample_size * self.parts.configs["vae"].factor
-        height, width = height or self.plan.height or own, width or self.plan.width or own
-        base.check_size(height, width, self.size_multiple, cfg.pos_size * self.size_multiple)
-        return height, width
+        size = _or(_or(height, self.plan.height), own), _or(_or(width, self.plan.width), own)
+        base.check_size(*size, self.size_multiple, cfg.pos_size * self.size_multiple)
+        return size
 
     def encode(
         self,
@@ -253,7 +256,8 @@ class StableDiffusion3(base.Pipeline):
                 "positive": prompt.positive, "negative": prompt.negative if guided else None, "noise": noise,
                 "clean": None, "table": table, "guidance": jnp.float32(scale) if guided else None,
                 "skip": self._skip(a, table.steps) if guided else None, "report": a["on_step"] is not None,
-                "output": a["output"], "vae_tiling": bool(a.get("vae_tiling")), "vae_slicing": bool(a.get("vae_slicing")),
+                "output": a["output"],
+                "vae_tiling": bool(a.get("vae_tiling")), "vae_slicing": bool(a.get("vae_slicing")),
             }  # fmt: skip
             if a["image"] is not None:
                 values["image"] = jnp.asarray(media.resize(media.picture(a["image"]), height, width))[None]
@@ -267,5 +271,5 @@ class StableDiffusion3(base.Pipeline):
         return Output(pixels, values["latents"], timings | spent)
 
 
-def _or(value, default):
+def _or(value: Any, default: Any) -> Any:
     return default if value is None else value

@@ -31,7 +31,7 @@ log = logging.getLogger("jdit")
 START, END = "<|startoftext|>", "<|endoftext|>"
 ENCODERS = ("text_encoder", "text_encoder_2")
 MODEL = {
-    "vocab_size": 2048, "max_length": 24, "width": 128, "layers": 3, "heads": 2, "mlp": 512, "projection": 128,
+    "vocab_size": 1536, "max_length": 24, "width": 128, "layers": 2, "heads": 2, "mlp": 512, "projection": 128,
     "tower": 64,
 }  # fmt: skip
 """[model] and its defaults. Both encoders have this shape; they differ in activation and padding, as upstream's do.

@@ -118,7 +118,7 @@ def test_image_to_image(both, strength, monkeypatch):
     other = StableDiffusion3Img2ImgPipeline(**theirs.components)
     other.set_progress_bar_config(disable=True)
     latents = noise(5, *SHAPE)
-    # the reference draws its noise and its posterior sample from a generator: here its noise is ours, its sample the mode
+    # the reference draws noise and posterior sample from a generator: here its noise is ours, its sample the mode
     target = "diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3_img2img"
     monkeypatch.setattr(f"{target}.randn_tensor", lambda *a, **k: latents.clone())
     monkeypatch.setattr(f"{target}.retrieve_latents", lambda out, **k: out.latent_dist.mode())
@@ -164,7 +164,7 @@ def test_tiled_decode(both):
 
 
 def test_bfloat16_is_as_close_as_torch(both, tmp_path):
-    theirs, ours = both
+    theirs, _ = both
     latents = noise(8, *SHAPE)
     theirs.save_pretrained(tmp_path)
     given = {k: None for k in ("text_encoder_3", "tokenizer_3") if theirs.components[k] is None}

@@ -1,4 +1,4 @@
-"""Original single files: made from a diffusers pipeline by our own write-back, checked by diffusers' converters, loaded."""
+"""Original single files: made from a diffusers pipeline by our write-back, checked by diffusers' converters, loaded."""
 
 import json
 
@@ -22,7 +22,7 @@ ARGUMENTS = dict(height=32, width=32, steps=3, guidance=3.0, output="latents", m
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A pipeline whose autoencoder has the 32 norm groups and whose encoders the heads of 64 that single files imply."""
+    """A pipeline whose autoencoder has 32 norm groups and whose encoders heads of 64, as single files imply."""
     folder = tmp_path_factory.mktemp("single")
     import util_sd3
 

@@ -82,7 +82,7 @@ def pipeline(folder: Path, *, t5: bool = True, scheduler=None, **kw) -> StableDi
                 eos_token_id=tokens.eos_token_id,
                 bos_token_id=tokens.bos_token_id,
                 pad_token_id=tokens.pad_token_id,
-            )  # fmt: skip
+            )
         ),
         seed,
     )
