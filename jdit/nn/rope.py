@@ -1,0 +1,65 @@
+"""Rotary position embedding (arXiv 2104.09864) over one or several axes. N tokens, K head dim, A axes.
+
+Tables are made on the host in float64 and used in float32: bfloat16 rounds position 257 to 256.
+"""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+Layout = Literal["pairs", "halves"]
+
+
+class Rope(NamedTuple):
+    """Cosines and sines, one column a rotated pair."""
+
+    cos: Float[Array, "N K/2"]
+    sin: Float[Array, "N K/2"]
+
+
+def rope_table(positions: Sequence[Float[np.ndarray, "N"]], dims: Sequence[int], theta: float = 10000.0) -> Rope:
+    """The table of tokens with a position on each axis.
+
+    Args:
+        positions: one array an axis, the same tokens in each (a grid's rows, columns, frames; `grid_positions`).
+        dims: how many of the head's dims each axis rotates, in order; their sum is K.
+
+    Raises:
+        ValueError: an odd dim, or another number of axes.
+    """
+    if len(positions) != len(dims) or any(d % 2 for d in dims):
+        raise ValueError(f"dims {tuple(dims)} must be even, one for each of the {len(positions)} axes")
+    angles = [
+        np.asarray(p, np.float64)[:, None] * theta ** -(np.arange(0, d, 2, dtype=np.float64) / d)
+        for p, d in zip(positions, dims)
+    ]
+    joined = np.concatenate(angles, -1)
+    return Rope(jnp.asarray(np.cos(joined), jnp.float32), jnp.asarray(np.sin(joined), jnp.float32))
+
+
+def grid_positions(*sizes: int) -> list[Float[np.ndarray, "N"]]:
+    """Positions of a grid's cells on each axis, in raster order: grid_positions(frames, rows, columns)."""
+    return [axis.reshape(-1) for axis in np.meshgrid(*(np.arange(n) for n in sizes), indexing="ij")]
+
+
+def apply_rope(x: Float[Array, "B N H K"], rope: Rope, layout: Layout = "pairs") -> Float[Array, "B N H K"]:
+    """Rotate queries or keys.
+
+    Args:
+        layout: which dims form a pair: "pairs" neighbours (0, 1), (2, 3) as in Flux, Wan, Hunyuan and CogVideoX; "halves"
+            i and i + K/2, as in Llama and Qwen's language models.
+    """
+    x32 = x.astype(jnp.float32)
+    cos, sin = rope.cos[:, None], rope.sin[:, None]  # N 1 K/2
+    if layout == "pairs":
+        a, b = x32[..., ::2], x32[..., 1::2]
+        out = jnp.stack([a * cos - b * sin, a * sin + b * cos], -1).reshape(x.shape)
+    elif layout == "halves":
+        a, b = jnp.split(x32, 2, -1)
+        out = jnp.concatenate([a * cos - b * sin, a * sin + b * cos], -1)
+    else:
+        raise ValueError(f"layout={layout!r}; there are 'pairs' and 'halves'")
+    return out.astype(x.dtype)
