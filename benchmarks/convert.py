@@ -49,6 +49,7 @@ PARTS = ["speed", "kills", "damage"]
 
 class Run(NamedTuple):
     seconds: float
+    processor: float  # seconds of all threads, children included
     peak: int  # bytes
     code: int
     said: str
@@ -63,7 +64,8 @@ def run(*command: str | Path) -> Run:
         seconds = time.perf_counter() - start
         process.returncode = os.waitstatus_to_exitcode(status)
         log.seek(0)
-        return Run(seconds, usage.ru_maxrss * 1024, process.returncode, log.read().decode().strip())
+        processor = usage.ru_utime + usage.ru_stime
+        return Run(seconds, processor, usage.ru_maxrss * 1024, process.returncode, log.read().decode().strip())
 
 
 def must(*command: str | Path) -> Run:
@@ -114,7 +116,7 @@ def speed(scratch: Path, scale: str, rounds: int) -> dict:
             remove(target)
             cold(source)
             takes[name].append(must(*command))
-            say(f"{name}: {takes[name][-1].seconds:.1f} s, {takes[name][-1].peak / 2**30:.2f} GiB")
+            tell(name, takes[name][-1])
         remove(copy)
     remove(out)
     cold(source)
@@ -122,7 +124,7 @@ def speed(scratch: Path, scale: str, rounds: int) -> dict:
     cold(out)
     takes["convert --to diffusers"] = [must(*JDIT, "convert", out, back, "--to", "diffusers")]
     for name in ("convert --check", "convert --to diffusers"):
-        say(f"{name}: {takes[name][0].seconds:.1f} s, {takes[name][0].peak / 2**30:.2f} GiB")
+        tell(name, takes[name][0])
     must(*TOOL, "compare", source, back)
     result = {"bytes": size(source), "rows": {n: rows(runs) for n, runs in takes.items()}}
     for path in (source, out, back):
@@ -134,6 +136,7 @@ def rows(runs: list[Run]) -> dict:
     return {
         "seconds": [round(r.seconds, 1) for r in runs],
         "median": round(statistics.median(r.seconds for r in runs), 1),
+        "processor": round(statistics.median(r.processor for r in runs), 1),
         "peak_gib": round(max(r.peak for r in runs) / 2**30, 2),
     }
 
@@ -225,19 +228,18 @@ def report(results: dict) -> str:
             "",
             f"{one['bytes'] / 1e9:.2f} GB of bfloat16. {one['when']}: {one['machine']}.",
         ]
-        out += table("", "seconds, each run", "median", "MB/s", "times the copy", "peak memory, GiB")
+        out += table("", "seconds, each run", "median", "MB/s", "times the copy", "processor, s", "peak memory, GiB")
         for name, r in one["rows"].items():
-            runs, rate = ", ".join(map(str, r["seconds"])), one["bytes"] / r["median"] / 1e6
-            out.append(
-                f"| {name} | {runs} | {r['median']} | {rate:.0f} | {r['median'] / plain:.2f} | {r['peak_gib']} |"
-            )
+            rate, ratio = one["bytes"] / r["median"] / 1e6, r["median"] / plain
+            cells = [name, ", ".join(map(str, r["seconds"])), r["median"], f"{rate:.0f}", f"{ratio:.2f}"]
+            out.append(f"| {' | '.join(map(str, [*cells, r['processor'], r['peak_gib']]))} |")
         out += ["", "The tensors that came back equal the source byte by byte."]
     if one := results.get("kills"):
         about = (
             f"{one['bytes'] / 1e9:.2f} GB; a whole run takes {one['whole_run_s']} s. {one['when']}: {one['machine']}."
         )
-        out += ["", "## Kills", "", about, "After each, `jdit inspect` refuses what is left; the next run succeeds, every "
-                "tensor agrees with its source, and the debris is gone."]  # fmt: skip
+        out += ["", "## Kills", "", about, "After each, `jdit inspect` refuses what is left; the next run succeeds,"]
+        out += ["every tensor agrees with its source, and the debris is gone."]
         out += table("killed after, s", "written by then, GB")
         for e in sorted(one["kills"], key=lambda e: e["killed_after_s"]):
             out.append(f"| {e['killed_after_s']} | {e['partial_gb']} |")
@@ -248,6 +250,11 @@ def report(results: dict) -> str:
             verdict = "" if c["ok"] else "not good enough"
             out.append(f"| {c['layout']} | {c['what']} | `{c['message']}` | {verdict} |")
     return "\n".join(out) + "\n"
+
+
+def tell(name: str, r: Run) -> None:
+    load = os.getloadavg()[0]
+    say(f"{name}: {r.seconds:.1f} s, processor {r.processor:.1f} s, {r.peak / 2**30:.2f} GiB; load average {load:.1f}")
 
 
 def say(line: str) -> None:

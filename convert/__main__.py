@@ -5,4 +5,4 @@ import sys
 from jdit.cli import main
 
 if __name__ == "__main__":
-    main(["convert", *sys.argv[1:]])
+    main(["convert", *sys.argv[1:]], prog_name="jdit")

@@ -1,12 +1,15 @@
 """Conversion of whole checkpoints: PyTorch layouts to jdit, and jdit (or PyTorch) to diffusers or original layout."""
 
 import dataclasses
+import functools
 import json
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from convert import registry, stream, tokenizers, write
@@ -17,6 +20,8 @@ from convert.table import ConversionError, summary
 from jdit import checkpoint, zoo
 from jdit.atomic import whole, write_file
 from jdit.checkpoint import Leaf
+
+log = logging.getLogger("jdit")
 
 Progress = Callable[[str, int, int], None]  # (what, bytes done, bytes in all)
 
@@ -56,6 +61,8 @@ def convert(
         return _to_jdit(_only(source, only), str(src), Path(dst), dtype, check, overwrite, progress)
     if not is_jdit:
         raise ConversionError(f"{src}: --to {to} takes a jdit checkpoint; convert to one first")
+    if parts:
+        raise ConversionError(f"{src}: parts go with PyTorch checkpoints; a jdit checkpoint has all of its own")
     return _back(path, Path(dst), to, dtype, set(only), overwrite, check, progress)
 
 
@@ -71,11 +78,17 @@ def _only(source: Source, only: Iterable[str]) -> Source:
         raise ConversionError(f"{source.path} has no component {', '.join(unknown)}; it has {', '.join(source.parts)}")
     if wanted:
         source.parts = {n: p for n, p in source.parts.items() if n in wanted}
+        source.tokenizers = {n: t for n, t in source.tokenizers.items() if _encoder_of(n) in wanted}
     return source
 
 
-def targets(cfg: Any) -> dict:
-    """The leaves of a config, without placement."""
+def _encoder_of(tokenizer: str) -> str:
+    return tokenizer.replace("tokenizer", "text_encoder")
+
+
+@functools.cache
+def targets(cfg: Any) -> stream.Targets:
+    """The leaves of a config, without placement. Kept: it takes seconds to trace a module."""
     return registry.of_config(cfg).targets(cfg)
 
 
@@ -99,7 +112,7 @@ def _to_jdit(source: Source, name: str, dst: Path, dtype, check: bool, overwrite
     on_leaf = _leaf_progress(components, progress, "write")
     checkpoint.save(dst, meta, components, tokens, overwrite=overwrite, on_leaf=on_leaf)
     size = sum(_bytes(leaf) for leaves in components.values() for leaf in leaves)
-    line = f"{dst}: {', '.join(components)}, {size / 1e9:.2f} GB"
+    line = f"{dst}: {', '.join(components)}, {size / 1e9:.3g} GB"
     if check:
         wrong: list[str] = []
         seen = _leaf_progress(components, progress, "check")
@@ -141,15 +154,34 @@ def _leaf_progress(components: Mapping[str, Sequence[Leaf]], progress: Progress 
     return on_leaf
 
 
-def _back(path: Path, dst: Path, to: str, dtype, only: set[str], overwrite: bool, check: bool, progress) -> str:
+def described(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """jdit.json of a checkpoint, and the configs in it.
+
+    Raises:
+        CheckpointError: an entry is missing, or not of the kind that it should be.
+    """
     meta = checkpoint.read_meta(path)
-    configs = {n: registry.from_description(c) for n, c in meta["configs"].items()}
+    try:
+        configs = {n: registry.from_description(c) for n, c in meta["configs"].items()}
+        if meta["family"] not in registry.FAMILIES:
+            raise ValueError(f"family {meta['family']!r} is not known; there are {sorted(registry.FAMILIES)}")
+        meta["scheduler"]["_class_name"]
+    except (KeyError, TypeError, AttributeError, ValueError) as e:
+        what = f"{e.args[0]!r} is missing" if isinstance(e, KeyError) else str(e)
+        raise checkpoint.CheckpointError(f"{path / checkpoint.META}: {what}") from None
+    return meta, configs
+
+
+def _back(path: Path, dst: Path, to: str, dtype, only: set[str], overwrite: bool, check: bool, progress) -> str:
+    meta, configs = described(path)
     if unknown := sorted(only - set(configs)):
         raise ConversionError(f"{path} has no component {', '.join(unknown)}; it has {', '.join(configs)}")
     configs = {n: c for n, c in configs.items() if not only or n in only}
     stored = {n: checkpoint.stored(path, n) for n in configs}
+    if wrong := [line for n, cfg in configs.items() for line in checkpoint.misfits(path, n, stored[n], targets(cfg))]:
+        raise ConversionError(summary(wrong))
     if to == "original":
-        return _to_original(meta, configs, stored, dst, dtype, overwrite, progress)
+        return _to_original(meta, configs, stored, dst, dtype, overwrite, check, progress)
     family = registry.FAMILIES[meta["family"]]
     index: dict[str, Any] = {"_class_name": family.pipelines[0], "_diffusers_version": "0.42.1"}
     with whole(dst, overwrite=overwrite) as part:
@@ -166,7 +198,7 @@ def _back(path: Path, dst: Path, to: str, dtype, only: set[str], overwrite: bool
             )
             index[n] = [library, upstream_class]
         for n, upstream_class in family.tokenizers.items():
-            if n in meta.get("tokenizers", ()):
+            if n in meta.get("tokenizers", ()) and _encoder_of(n) in configs:
                 tokenizers.export(tokenizers.load(path / n), part / n)
                 index[n] = ["transformers", upstream_class]
             else:
@@ -182,18 +214,35 @@ def _back(path: Path, dst: Path, to: str, dtype, only: set[str], overwrite: bool
     return line
 
 
+class _Cast:
+    """An array on disk as `write.outputs` casts it: floating-point ones only, read by index."""
+
+    def __init__(self, stored: checkpoint.Stored, dtype: str):
+        floating = jnp.issubdtype(stored.dtype, jnp.floating)
+        self.stored, self.shape = stored, stored.shape
+        self.dtype = np.dtype(jnp.dtype(dtype)) if floating else np.dtype(stored.dtype)
+
+    def __getitem__(self, index) -> np.ndarray:
+        return np.asarray(self.stored[index]).astype(self.dtype)
+
+
 def _check_back(written: Source, stored: Mapping[str, Mapping[str, checkpoint.Stored]], dtype):
     """Read the PyTorch files that were written as a source, and compare with the checkpoint that they came from."""
     wrong: list[str] = []
     for n, part in written.parts.items():
-        cast = {k: v if dtype is None else np.asarray(v[...]).astype(dtype) for k, v in stored[n].items()}
-        wrong += stream.check(cast, part.reader, part.rules, targets(part.cfg), dtype)
+        wrong += stream.check(
+            {k: v if dtype is None else _Cast(v, dtype) for k, v in stored[n].items()},
+            part.reader,
+            part.rules,
+            targets(part.cfg),
+            dtype,
+        )
     written.close()
     if wrong:
         raise ConversionError(summary(wrong))
 
 
-def _to_original(meta, configs, stored, dst: Path, dtype, overwrite: bool, progress) -> str:
+def _to_original(meta, configs, stored, dst: Path, dtype, overwrite: bool, check: bool, progress) -> str:
     originals = registry.ORIGINALS[meta["family"]]
     if dst.suffix != ".safetensors":
         raise ConversionError(f"{dst}: --to original writes one file; its name must end in .safetensors")
@@ -201,7 +250,22 @@ def _to_original(meta, configs, stored, dst: Path, dtype, overwrite: bool, progr
         raise checkpoint.CheckpointError(f"{dst} exists already; ask to overwrite it, or choose another name")
     tensors = []
     for n, cfg in configs.items():
-        prefix = originals[n].prefix
-        tensors += [t._replace(key=prefix + t.key) for t in write.outputs(stored[n], originals[n].rules(cfg), dtype)]
+        prefix, own = originals[n].prefix, write.outputs(stored[n], originals[n].rules(cfg), dtype)
+        _warn_of_loss(n, cfg, originals[n].config, {t.key: t.shape for t in own})
+        tensors += [t._replace(key=prefix + t.key) for t in own]
     write.write_tensors(dst, tensors, (lambda key: progress("write", 0, 1)) if progress else None)
-    return f"{dst}: {', '.join(configs)} in original layout"
+    line = f"{dst}: {', '.join(configs)} in original layout"
+    if check:
+        _check_back(open_source(dst), stored, dtype)
+        line += "; every tensor agrees with its source"
+    return line
+
+
+def _warn_of_loss(name: str, cfg: Any, read: Callable[[Any], Any], shapes: Mapping[str, Sequence[int]]):
+    """Single files carry no config: what their shapes do not tell, a reader takes to be as in the published ones."""
+    try:
+        ours, theirs = registry.describe(cfg), registry.describe(read(shapes))
+    except ValueError as e:
+        raise ConversionError(f"{name} cannot be read back from the original layout: {e}") from None
+    if lost := [f"{k}={theirs[k]!r} (it is {v!r})" for k, v in ours.items() if theirs[k] != v]:
+        log.warning("original layout carries no config; readers will take %s to have %s", name, ", ".join(lost))

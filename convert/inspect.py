@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from convert import registry, stream
-from convert.convert import place, targets
+from convert.convert import described, place, targets
 from convert.layout import detect
 from convert.source import open_source
 from jdit import checkpoint, sharding, zoo
@@ -24,18 +24,16 @@ def inspect(src: str | Path, *, parts: Mapping[str, str | Path] | None = None) -
     layout = detect(path).kind
     out: dict[str, Any] = {"source": str(src), "layout": layout, "components": {}, "problems": []}
     if layout == "jdit":
-        meta = checkpoint.read_meta(path)
+        meta, configs = described(path)
         out |= {k: meta.get(k) for k in ("family", "variant", "scheduler", "plan")}
         out["tokenizers"] = meta.get("tokenizers", [])
-        for name, described in meta.get("configs", {}).items():
-            cfg = registry.from_description(described)
+        for name, cfg in configs.items():
             try:
                 arrays = checkpoint.stored(path, name)
             except ValueError as e:
                 out["problems"].append(str(e))
                 continue
-            due = {sharding.dotted(p): leaf for p, leaf in targets(cfg).items()}
-            out["problems"] += [f"{path / name}: {p} is missing" for p in sorted(due.keys() - arrays.keys())]
+            out["problems"] += checkpoint.misfits(path, name, arrays, targets(cfg))
             out["components"][name] = _summary(cfg, [(a.shape, np.dtype(a.dtype)) for a in arrays.values()])
         return out
     source = open_source(path, parts=parts, plan=zoo.BUNDLED.get(str(src)))

@@ -8,16 +8,15 @@ from typing import Any
 
 from convert import registry, tokenizers
 from convert.hub import resolve
-from convert.layout import Layout, detect, read_json, recognise
+from convert.layout import Layout, components, detect, read_json, recognise
 from convert.readers import Reader, Tensor, open_files, open_folder, open_weights
-from convert.table import ConversionError, Rule
+from convert.table import ConversionError, Rule, summary
 from jdit import zoo
 from jdit.nn.text.tokenizer import Tokenizer
 from jdit.structs import Plan
 
 log = logging.getLogger("jdit")
 
-TOKENIZER_OF = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2", "text_encoder_3": "tokenizer_3"}
 BESIDE = {  # where the files of a release that are not in its main file lie beside it
     "text_encoder": ("clip_l.safetensors",), "text_encoder_2": ("clip_g.safetensors",),
     "text_encoder_3": ("t5xxl_fp16.safetensors", "t5xxl.safetensors", "t5xxl_fp8_e4m3fn.safetensors",
@@ -77,7 +76,7 @@ def open_source(
     layout = detect(path)
     if layout.kind == "jdit":
         raise ConversionError(f"{path} is a jdit checkpoint already, not a PyTorch one")
-    family, found, tokens, scheduler = _OPENERS[layout.kind](layout)
+    family, found, tokens, scheduler = _OPENERS[layout.kind](layout, set(parts or ()))
     names = registry.FAMILIES[family]
     for name, place in (parts or {}).items():
         if name in names.components:
@@ -102,37 +101,40 @@ def _component(folder: Path, upstream_class: str) -> Part:
     return Part(cfg, component.rules(cfg), open_folder(folder))
 
 
-def _open_pipeline(layout: Layout):
+def _open_pipeline(layout: Layout, elsewhere: set[str]):
     pipeline = layout.config.get("_class_name")
     family = next((f for f, known in registry.FAMILIES.items() if pipeline in known.pipelines), None)
     if family is None:
         known = sorted(p for f in registry.FAMILIES.values() for p in f.pipelines)
         raise ConversionError(f"{layout.path / 'model_index.json'}: {pipeline!r} is not supported; supported: {known}")
     parts, tokens, scheduler, problems = {}, {}, {}, []
-    named = {n: v for n, v in layout.config.items() if isinstance(v, list) and v and v[0] is not None}
-    for name in named:
-        if name not in layout.parts:
-            problems.append(f"{layout.path / name}: the folder that model_index.json names is missing")
-    for name, (_, upstream_class, folder) in layout.parts.items():
+    names = registry.FAMILIES[family]
+    for name, (_, upstream_class) in components(layout.config).items():
+        folder = layout.path / name
         try:
-            if name == "scheduler":
+            if name in elsewhere:
+                continue
+            if name not in (*names.components, *names.tokenizers, "scheduler"):
+                log.warning("%s: %s (%s) is not used by %s", layout.path, name, upstream_class, family)
+            elif name not in layout.parts:
+                problems.append(f"{folder}: the folder that model_index.json names is missing")
+            elif name == "scheduler":
                 scheduler = read_json(folder / "scheduler_config.json")
-            elif name in registry.FAMILIES[family].tokenizers:
+            elif name in names.tokenizers:
                 tokens[name] = tokenizers.load(folder)
-            elif upstream_class in registry.COMPONENTS and name in registry.FAMILIES[family].components:
+            elif upstream_class in registry.COMPONENTS:
                 parts[name] = _component(folder, upstream_class)
             else:
-                log.warning("%s: %s (%s) is not used by %s", layout.path, name, upstream_class, family)
+                known = sorted(registry.COMPONENTS)
+                problems.append(f"{folder}: {upstream_class!r} is not supported; supported: {known}")
         except ValueError as e:
             problems.append(str(e))
     if problems:
-        raise ConversionError(
-            "; ".join(problems) if len(problems) < 3 else "\n  ".join([f"{len(problems)} problems:", *problems])
-        )
+        raise ConversionError(summary(problems))
     return family, parts, tokens, scheduler
 
 
-def _open_component(layout: Layout):
+def _open_component(layout: Layout, elsewhere: set[str]):
     name = layout.config.get("_class_name") or (layout.config.get("architectures") or [None])[0]
     for family, known in registry.FAMILIES.items():
         for part, upstream_class in known.components.items():
@@ -145,13 +147,15 @@ def _open_component(layout: Layout):
 
 def _original(family: str, name: str, reader: Reader) -> Part:
     original = registry.ORIGINALS[family][name]
-    if original.implied is not None:
-        shapes = reader.keys()
-        cfg = original.config(shapes)
-        extra = original.implied(cfg, shapes)
-        tensors = {k: Tensor(v.shape, v.dtype, reader.name, lambda v=v: v) for k, v in extra.items()}
-        reader = Reader(reader.name, {**reader.tensors, **tensors}, reader.files)
-    cfg = original.config(reader.keys())
+    try:
+        if original.implied is not None:
+            shapes = reader.keys()
+            extra = original.implied(original.config(shapes), shapes)
+            tensors = {k: Tensor(v.shape, v.dtype, reader.name, lambda v=v: v) for k, v in extra.items()}
+            reader = Reader(reader.name, {**reader.tensors, **tensors}, reader.files)
+        cfg = original.config(reader.keys())
+    except (ValueError, TypeError) as e:  # TypeError: a tensor with another number of axes than is read off it
+        raise ConversionError(f"{reader.name}: {name}: {e}") from None
     return Part(cfg, original.rules(cfg), reader)
 
 
@@ -167,7 +171,7 @@ def _from_readers(readers: Sequence[Reader], path: Path):
     return family, found
 
 
-def _open_file(layout: Layout):
+def _open_file(layout: Layout, elsewhere: set[str]):
     family, found = _from_readers([open_weights(layout.path)], layout.path)
     tokens = _beside(layout.path.parent, family, found)
     return family, found, tokens, {}
@@ -184,17 +188,17 @@ def _beside(folder: Path, family: str, found: dict[str, Part]) -> dict[str, Toke
     return {n: tokenizers.load(folder / n) for n in names if (folder / n).is_dir()}
 
 
-def _open_original(layout: Layout):
+def _open_original(layout: Layout, elsewhere: set[str]):
     family, found = _from_readers([open_files([f]) for f in layout.files], layout.path)
     return family, found, _beside(layout.path, family, found), {}
 
 
 def _replacement(family: str, name: str, place: Path) -> Part:
-    layout = detect(place)
+    layout = detect(place.expanduser())
     if layout.kind == "component":
         return _component(layout.path, registry.FAMILIES[family].components[name])
     if layout.kind == "file":
-        reader = open_weights(place)
+        reader = open_weights(layout.path)
         split = recognise(reader, registry.SIGNATURES, registry.IGNORED_PREFIXES)
         if name not in split:
             raise ConversionError(f"{place}: holds {sorted(split)}, not {name}")
@@ -202,6 +206,6 @@ def _replacement(family: str, name: str, place: Path) -> Part:
     raise ConversionError(f"{place}: {name} must be a weight file or a folder with config.json")
 
 
-_OPENERS: dict[str, Callable[[Layout], tuple[str, dict[str, Part], dict[str, Tokenizer], dict[str, Any]]]] = {
+_OPENERS: dict[str, Callable[[Layout, set[str]], tuple[str, dict[str, Part], dict[str, Tokenizer], dict[str, Any]]]] = {
     "pipeline": _open_pipeline, "component": _open_component, "file": _open_file, "original": _open_original,
 }  # fmt: skip

@@ -5,6 +5,7 @@ Everything is planned from the headers first, so that all problems are known bef
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -14,24 +15,40 @@ from jaxtyping import Array
 
 from convert.readers import Reader
 from convert.table import Fill, Rule, Source, common_dtype, fill, match, plan
-from jdit.checkpoint import Leaf, Stored, block_rows
+from convert.write import LeafOnDisk
+from jdit.blocks import Leaf, block_rows
 from jdit.sharding import Path, dotted
 
 Targets = Mapping[Path, jax.ShapeDtypeStruct]
 
 
 class Digest:
-    """SHA-256 over the tensors that were read, in whatever order: (key, dtype, shape, bytes) sorted by key."""
+    """SHA-256 over the tensors that were read, in whatever order: (key, dtype, shape, bytes) sorted by key.
+
+    A thread of its own hashes one tensor while the caller goes on with it; it must not be changed.
+    """
 
     def __init__(self):
         self._tensors: dict[str, str] = {}
+        self._pool = ThreadPoolExecutor(1)
+        self._running: Future | None = None
 
     def add(self, key: str, array: np.ndarray) -> None:
+        self._wait()
+        self._running = self._pool.submit(self._hash, key, array)
+
+    def _hash(self, key: str, array: np.ndarray) -> None:
         h = hashlib.sha256(f"{key} {array.dtype} {array.shape}".encode())
         h.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
         self._tensors[key] = h.hexdigest()
 
+    def _wait(self) -> None:
+        if self._running is not None:
+            self._running.result()
+            self._running = None
+
     def hexdigest(self) -> str:
+        self._wait()
         return hashlib.sha256("\n".join(f"{k} {v}" for k, v in sorted(self._tensors.items())).encode()).hexdigest()
 
 
@@ -136,7 +153,7 @@ def load_leaves(
 
 
 def check(
-    leaves: Mapping[str, Stored | np.ndarray],
+    leaves: Mapping[str, LeafOnDisk],
     reader: Reader,
     rules: Sequence[Rule],
     targets: Targets,
@@ -160,17 +177,25 @@ def check(
         if got is None or got.shape != f.shape or got.dtype != own:
             what = "missing" if got is None else f"{got.dtype}{list(got.shape)}"
             out.append(f"{f.path}: {what}, {own}{list(f.shape)} is due")
-            continue
-        for key, op, index in f.sources:
-            want = np.asarray(op.forward(reader.read(key)), own)
-            rows = block_rows(want.shape, own)
-            parts = [slice(i, i + rows) for i in range(0, want.shape[0], rows)] if f.shape and not index else [...]
-            wrong = sum(_different(want[p], np.asarray(got[index or p])) for p in parts)
-            if wrong:
-                out.append(f"{reader.where(key)}: {key}: {wrong} of {want.size} values differ in {f.path}")
+        elif _differs(got, f, reader, own):
+            for key, op, index in f.sources:
+                want = np.asarray(op.forward(reader.read(key)), own)
+                if wrong := np.count_nonzero(_bits(want) != _bits(np.asarray(got[index or ...]))):
+                    out.append(f"{reader.where(key)}: {key}: {wrong} of {want.size} values differ in {f.path}")
     return out
 
 
-def _different(a: np.ndarray, b: np.ndarray) -> int:
-    bits = f"u{a.dtype.itemsize}"
-    return int(np.count_nonzero(np.ascontiguousarray(a).view(bits) != np.ascontiguousarray(b).view(bits)))
+def _differs(got: LeafOnDisk, f: Fill, reader: Reader, dtype: np.dtype) -> bool:
+    """Whether a leaf on disk is another than its sources make, block by block."""
+    start = 0
+    for want in _blocks(f, reader.read, dtype)(block_rows(f.shape, dtype)):
+        end = start + len(want) if want.ndim else 0
+        have = np.asarray(got[start:end] if want.ndim else got[...])
+        if not np.array_equal(_bits(want), _bits(have)):
+            return True
+        start = end
+    return False
+
+
+def _bits(a: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(a).view(f"u{a.dtype.itemsize}")

@@ -9,22 +9,20 @@ Arrays are uncompressed Zarr v2 (weights do not compress), a file a block: a mis
 """
 
 import contextlib
-import itertools
 import json
 import logging
 import math
 import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
 from jdit.atomic import CheckpointError, whole, write_file
+from jdit.blocks import Leaf, Stored, Writer, leaf_of
 from jdit.sharding import Path as ParamPath
 from jdit.sharding import dotted
 
@@ -32,91 +30,9 @@ log = logging.getLogger("jdit")
 
 META = "jdit.json"
 FORMAT = 1
-BLOCK_BYTES = 1 << 26
-"""Target size of a block (one file of an array)."""
-
-
-class Leaf(NamedTuple):
-    """One array to be saved.
-
-    Attributes:
-        path: its place in the module.
-        shape, dtype: of the whole array.
-        blocks: rows -> consecutive blocks of that many rows of the first axis (the last may have fewer; a scalar is one
-            block). Called once; nothing is computed before.
-    """
-
-    path: ParamPath
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    blocks: Callable[[int], Iterable[np.ndarray]]
-
-
-def leaf_of(path: ParamPath, array: Array | np.ndarray) -> Leaf:
-    """A leaf that is in memory already."""
-
-    def blocks(rows: int) -> Iterator[np.ndarray]:
-        for i in range(0, array.shape[0], rows) if array.ndim else ():
-            yield np.asarray(array[i : i + rows])
-        if not array.ndim:
-            yield np.asarray(array)
-
-    return Leaf(path, tuple(array.shape), np.dtype(array.dtype), blocks)
-
-
-def block_rows(shape: Sequence[int], dtype: np.dtype) -> int:
-    """Rows of the first axis in a block."""
-    row = max(1, math.prod(shape[1:]) * np.dtype(dtype).itemsize)
-    return max(1, min(shape[0], BLOCK_BYTES // row)) if shape else 1
 
 
 # --- saving
-
-
-async def _done(write, folder: Path) -> None:
-    try:
-        await write
-    except ValueError as e:  # what TensorStore makes of a full disk and its like
-        raise CheckpointError(f"{folder} cannot be written: {str(e).splitlines()[0]}") from e
-
-
-async def _write(leaf: Leaf, folder: Path) -> None:
-    """One array as uncompressed Zarr v2, what Orbax reads; at most two blocks are in memory."""
-    import tensorstore as ts
-
-    rows = block_rows(leaf.shape, leaf.dtype)
-    store = await ts.open(
-        {
-            "driver": "zarr",
-            "kvstore": {"driver": "file", "path": f"{folder}/"},
-            "metadata": {
-                "shape": leaf.shape,
-                "chunks": (rows, *leaf.shape[1:]) if leaf.shape else (),
-                "compressor": None,
-            },
-            "dtype": jnp.dtype(leaf.dtype).name,
-            "store_data_equal_to_fill_value": True,
-        },
-        create=True,
-        open=False,
-    )
-    pending: deque = deque()
-    done = 0
-    for block in leaf.blocks(rows):
-        if block.dtype != leaf.dtype or block.shape[1:] != leaf.shape[1:]:
-            got, due = f"{block.dtype}{block.shape}", f"{leaf.dtype}{leaf.shape}"
-            raise CheckpointError(f"{dotted(leaf.path)}: a block {got} for {due}")
-        place = store[done : done + block.shape[0]] if leaf.shape else store
-        write = place.write(block, can_reference_source_data_indefinitely=True)
-        write.commit.force()
-        pending.append(write)
-        done += block.shape[0] if leaf.shape else 1
-        if len(pending) > 1:
-            await _done(pending.popleft(), folder)
-    for write in pending:
-        await _done(write, folder)
-    if done != (leaf.shape[0] if leaf.shape else 1):
-        raise CheckpointError(f"{dotted(leaf.path)}: {done} rows were produced, {leaf.shape} are needed")
 
 
 def _handler(**options):
@@ -124,9 +40,10 @@ def _handler(**options):
     import orbax.checkpoint as ocp
 
     class LeafHandler(ocp.type_handlers.NumpyHandler):
-        async def serialize(self, values: Sequence[Any], infos, args=None):
-            for value, info in zip(values, infos, strict=True):
-                await _write(value.leaf, Path(info.parent_dir) / info.name)
+        async def serialize(self, values, infos, args=None):
+            with Writer() as writer:
+                for value, info in zip(values, infos, strict=True):
+                    writer.write(value.leaf, Path(info.parent_dir) / info.name)
             return []
 
     registry = ocp.type_handlers.create_type_handler_registry(
@@ -253,48 +170,6 @@ def read_meta(folder: str | os.PathLike) -> dict[str, Any]:
     return meta
 
 
-class Stored:
-    """An array of a checkpoint on disk; `stored[index]` reads only the blocks that the index touches."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        try:
-            meta = json.loads((folder / ".zarray").read_text())
-            self.shape, self.chunks = tuple(meta["shape"]), tuple(meta["chunks"])
-            self.dtype = jnp.dtype(meta["dtype"])
-        except (OSError, ValueError, KeyError, TypeError) as e:
-            raise CheckpointError(f"{folder / '.zarray'}: no readable array: {e}") from e
-
-    def problems(self) -> list[str]:
-        """Block files that are missing or of a wrong size."""
-        out = []
-        want = math.prod(self.chunks) * self.dtype.itemsize
-        for index in itertools.product(*(range(-(-d // c)) for d, c in zip(self.shape, self.chunks))):
-            file = self.folder / (".".join(map(str, index)) or "0")
-            if not file.is_file():
-                out.append(f"{file}: missing")
-            elif (got := file.stat().st_size) != want:
-                out.append(f"{file}: {got} bytes, {want} are due (truncated or corrupt)")
-        return out
-
-    def __getitem__(self, index) -> np.ndarray:
-        import tensorstore as ts
-
-        store = ts.open(
-            {
-                "driver": "zarr",
-                "kvstore": {"driver": "file", "path": f"{self.folder}/"},
-                "fill_missing_data_reads": False,
-            },
-            open=True,
-            read=True,
-        ).result()
-        try:
-            return store[index].read().result()
-        except ValueError as e:
-            raise CheckpointError(f"{self.folder}: {str(e).splitlines()[0]}") from e
-
-
 def stored(folder: str | os.PathLike, component: str) -> dict[str, Stored]:
     """Dotted path -> array on disk, for one component of a jdit checkpoint.
 
@@ -309,6 +184,26 @@ def stored(folder: str | os.PathLike, component: str) -> dict[str, Stored]:
     arrays = {name: Stored(root / name) for name in names}
     _raise([line for array in arrays.values() for line in array.problems()], root)
     return arrays
+
+
+def misfits(
+    folder: str | os.PathLike,
+    component: str,
+    arrays: Mapping[str, Stored],
+    targets: Mapping[ParamPath, jax.ShapeDtypeStruct],
+) -> list[str]:
+    """Leaves of a model that a component on disk lacks, has too many of, or has in another shape: a line each."""
+    root = Path(folder) / component
+    want = {dotted(path): leaf for path, leaf in targets.items()}
+    return [
+        *(f"{root / p}: missing" for p in want if p not in arrays),
+        *(f"{root / p}: the model has no such parameter" for p in arrays if p not in want),
+        *(
+            f"{root / p}: shape {arrays[p].shape}, the model wants {tuple(leaf.shape)}"
+            for p, leaf in want.items()
+            if p in arrays and arrays[p].shape != tuple(leaf.shape)
+        ),
+    ]
 
 
 def _raise(problems: list[str], where: Path) -> None:
@@ -332,16 +227,7 @@ def restore(
     import orbax.checkpoint as ocp
 
     root = Path(os.path.abspath(folder)) / component
-    have = stored(folder, component)
-    want = {dotted(path): leaf for path, leaf in targets.items()}
-    problems = [f"{root / p}: missing" for p in want if p not in have]
-    problems += [f"{root / p}: the model has no such parameter" for p in have if p not in want]
-    problems += [
-        f"{root / p}: shape {have[p].shape}, the model wants {tuple(leaf.shape)}"
-        for p, leaf in want.items()
-        if p in have and have[p].shape != tuple(leaf.shape)
-    ]
-    _raise(problems, root)
+    _raise(misfits(folder, component, stored(folder, component), targets), root)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     args = {
         path: ocp.ArrayRestoreArgs(

@@ -1,11 +1,16 @@
 """The command line: generate, convert, inspect, models, train. Heavy imports wait until a command needs them."""
 
 import contextlib
+import importlib
 import json
 import logging
 import os
+import signal
+import socket
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +53,23 @@ def _setup(verbose: bool):
     logging.getLogger("jdit").setLevel(logging.INFO if verbose else logging.WARNING)
 
 
+def _import_jax():
+    """The first import of jax; Ctrl-C waits for its end, since jaxlib crashes when it is cut short."""
+    if threading.current_thread() is not threading.main_thread():
+        return importlib.import_module("jax")
+    held: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: held.append(number))
+    try:
+        return importlib.import_module("jax")
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if held:
+            raise KeyboardInterrupt
+
+
 def _compilation_cache():
     """Compiled programs are kept between runs, so that the second start takes seconds."""
-    import jax
-
+    jax = _import_jax()
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         with contextlib.suppress(OSError):
@@ -70,21 +88,22 @@ class _Group(click.Group):
             raise
         except (click.Abort, KeyboardInterrupt):
             _say("interrupted; nothing half-written is left behind")
-            sys.exit(130)
+            code = 130
         except (ValueError, FileNotFoundError, IsADirectoryError, PermissionError) as e:
-            _fail(e, USER)
-        except (OSError, FloatingPointError, MemoryError, ImportError, NotImplementedError) as e:
-            _fail(e, BROKEN)
+            code = _fail(e, USER)
+        except (OSError, FloatingPointError, MemoryError, ImportError, RuntimeError) as e:  # jax raises RuntimeErrors
+            code = _fail(e, BROKEN)
+        sys.exit(code)
 
 
 def _say(message: str):
     err.print(f"jdit: {message}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _fail(e: BaseException, code: int):
-    logging.getLogger("jdit").debug("", exc_info=e)
-    _say(f"{e}" if str(e) else type(e).__name__)
-    sys.exit(code)
+def _fail(e: BaseException, code: int) -> int:
+    logging.getLogger("jdit").info("what follows was raised here:", exc_info=e)
+    _say(str(e) or type(e).__name__)
+    return code
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -149,7 +168,7 @@ def generate(prompts, model, output, grid, dtype, mesh, parts, seed, num_outputs
     from jdit import media
 
     media.check_target(output)  # before anything slow
-    arguments = {k: v for k, v in options.items() if v not in (None, False)}
+    arguments = {k: v for k, v in options.items() if v is not None and v is not False}  # 0 is a value
     if skip_layers:
         try:
             arguments["skip_layers"] = [int(i) for i in skip_layers.split(",")]
@@ -163,20 +182,23 @@ def generate(prompts, model, output, grid, dtype, mesh, parts, seed, num_outputs
         arguments["image"] = media.picture(arguments["image"])
     start = time.perf_counter()
     with err.status("loading"):
-        import jax
-
+        jax = _import_jax()
+        _compilation_cache()
         from jdit.load import open_model
 
-        _compilation_cache()
         opened = open_model(model, parts=_parts(parts))
         dry = opened.dry()
         dry.check(**{**arguments, "num_outputs": num_outputs})
         chosen = dtype if dtype != "auto" else "float32" if jax.default_backend() == "cpu" else "bfloat16"
         pipe = opened.pipeline(mesh=_mesh(mesh), dtype=chosen)
     texts = list(prompts)
-    with _bar() as bar:
+    with _bar() as bar, _interruptible() as check:
         task = bar.add_task("denoise", total=None)
-        on_step = lambda step, steps: bar.update(task, completed=step, total=steps)
+
+        def on_step(step: int, steps: int):
+            check()
+            bar.update(task, completed=step, total=steps)
+
         out = pipe(texts, seed=seed, num_outputs=num_outputs, on_step=on_step, **arguments)
     assert out.pixels is not None  # only output="latents" has none
     if grid:
@@ -189,9 +211,36 @@ def generate(prompts, model, output, grid, dtype, mesh, parts, seed, num_outputs
     _say(f"{', '.join(map(str, written))} in {time.perf_counter() - start:.1f} s ({spent})")
 
 
+@contextlib.contextmanager
+def _interruptible() -> Iterator[Callable[[], None]]:
+    """Gives a check that raises after Ctrl-C, to be called from callbacks.
+
+    Python acts on a signal when the main thread is back from the device, which may take minutes; a wake-up socket hears
+    of it at once.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setblocking(False)
+        theirs.setblocking(False)
+        before = signal.set_wakeup_fd(theirs.fileno())
+
+        def check():
+            with contextlib.suppress(BlockingIOError):
+                if signal.SIGINT in ours.recv(64):
+                    raise KeyboardInterrupt
+
+        try:
+            yield check
+        finally:
+            signal.set_wakeup_fd(before)
+
+
 def _bar() -> Progress:
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    return Progress(*columns, console=err, transient=True)
+    return Progress(*columns, console=err, transient=True, disable=not err.is_terminal)
 
 
 @main.command(epilog=EXAMPLES["convert"])
@@ -205,6 +254,7 @@ def _bar() -> Progress:
 @click.option("--part", "parts", multiple=True, metavar="NAME=PATH", help="Take a component from elsewhere.")
 def convert(src, dst, dtype, only, check, to, overwrite, parts):
     """Convert a PyTorch checkpoint to a jdit checkpoint, or back."""
+    _import_jax()
     from convert.convert import convert as run
 
     with _bar() as bar:
@@ -226,6 +276,7 @@ def convert(src, dst, dtype, only, check, to, overwrite, parts):
 @click.option("--part", "parts", multiple=True, metavar="NAME=PATH", help="Take a component from elsewhere.")
 def inspect(src, as_json, parts):
     """Tell what a checkpoint is: family, variant, components, sizes, dtypes. Exit code 2 if it has problems."""
+    _import_jax()
     from convert.inspect import inspect as look
 
     found = look(src, parts=_parts(parts))
@@ -237,6 +288,10 @@ def inspect(src, as_json, parts):
         sys.exit(USER)
 
 
+def _size(n: int) -> str:
+    return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.2f} MB"
+
+
 def _print_inspection(found: dict[str, Any]):
     out = Console()
     variant = found["variant"] or "unknown"
@@ -244,7 +299,7 @@ def _print_inspection(found: dict[str, Any]):
               markup=False, highlight=False, soft_wrap=True)  # fmt: skip
     table = Table("component", "kind", "parameters", "size", "dtype", box=None, pad_edge=False)
     for name, c in found["components"].items():
-        table.add_row(name, c["kind"], f"{c['parameters']:,}", f"{c['bytes'] / 1e9:.2f} GB", ", ".join(c["dtypes"]))
+        table.add_row(name, c["kind"], f"{c['parameters']:,}", _size(c["bytes"]), ", ".join(c["dtypes"]))
     out.print(table)
     if found["tokenizers"]:
         out.print("tokenizers: " + ", ".join(found["tokenizers"]), markup=False, highlight=False)
@@ -274,9 +329,9 @@ def models():
 @click.option("--resume", is_flag=True, help="Go on from the run's last checkpoint.")
 def train(config, overrides, steps, minutes, resume):
     """Train from a config: a TOML file, or the name of a recipe (fluent-image/vae, /text, /mmdit)."""
+    _compilation_cache()
     from jdit.train import run
 
-    _compilation_cache()
     run(config, overrides=overrides, steps=steps, minutes=minutes, resume=resume)
 
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import logging
+import sys
+import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from convert import registry, stream, tokenizers
 from convert.hub import resolve
 from convert.layout import detect
 from convert.source import Source, open_source
+from convert.table import ConversionError, summary
 from jdit import checkpoint, sharding, zoo
 from jdit.pipeline.base import Parts, Pipeline
 from jdit.pipeline.executor import Weights
@@ -32,10 +35,15 @@ OnComponent = Callable[[str], None]
 
 @dataclasses.dataclass
 class Opened:
-    """A source whose configs are known and whose weights are not read yet: a `parts` and how to get each component."""
+    """A source whose configs are known and whose weights are not read yet.
+
+    Attributes:
+        leaves: (component, targets) -> its leaves. problems: (component, targets) -> what keeps them from being read.
+    """
 
     parts: Parts
     leaves: Callable[[str, dict], dict]
+    problems: Callable[[str, dict], list[str]]
 
     def pipeline(
         self, *, mesh: Mesh | None = None, rules: Rules | None = None, dtype: str = "bfloat16",
@@ -45,13 +53,15 @@ class Opened:
         check_dtype(dtype)
         placed = {n: registry.placed(c, dtype, rules or Rules()) for n, c in self.parts.configs.items()}
         parts = dataclasses.replace(self.parts, configs=placed)
+        makes = {n: registry.of_config(c).make(c) for n, c in placed.items()}
+        targets = {n: sharding.abstract(make, mesh, rules)[1] for n, make in makes.items()}
+        if problems := [line for n in placed for line in self.problems(n, targets[n])]:
+            raise ConversionError(summary(problems))
 
         def read(name: str) -> nnx.Module:
             if on_component:
                 on_component(name)
-            make = registry.of_config(placed[name]).make(placed[name])
-            _, targets = sharding.abstract(make, mesh, rules)
-            return sharding.assemble(make, self.leaves(name, targets))
+            return sharding.assemble(makes[name], self.leaves(name, targets[name]))
 
         waiting = _waiting(placed, mesh)
         if waiting:
@@ -114,12 +124,21 @@ def _opened(source: Source, name: str | None) -> Opened:
         part = source.parts[component]
         return stream.load_leaves(part.reader, part.rules, targets)
 
+    def problems(component: str, targets: dict) -> list[str]:
+        part = source.parts[component]
+        return stream.problems(part.reader, part.rules, targets)
+
     configs = {n: p.cfg for n, p in source.parts.items()}
-    variant = name or source.variant
-    if lacks := {"transformer", "vae"} - configs.keys():
-        raise ValueError(f"{source.path}: {' and '.join(sorted(lacks))} not found, only {sorted(configs)}; give parts=")
-    parts = Parts(source.family, variant, configs, source.tokenizers, source.scheduler, source.plan)
-    return Opened(parts, leaves)
+    _check_components(source.path, configs, "; give parts={name: path}")
+    parts = Parts(source.family, name or source.variant, configs, source.tokenizers, source.scheduler, source.plan)
+    return Opened(parts, leaves, problems)
+
+
+def _check_components(path: Path, configs: Mapping[str, Any], hint: str = ""):
+    if lacks := sorted({"transformer", "vae"} - configs.keys()):
+        raise ValueError(
+            f"{path}: {' and '.join(lacks)} not found, only {', '.join(sorted(configs)) or 'nothing'}{hint}"
+        )
 
 
 def _opened_jdit(path: Path) -> Opened:
@@ -135,7 +154,15 @@ def _opened_jdit(path: Path) -> Opened:
         )  # fmt: skip
     except (KeyError, TypeError, AttributeError) as e:
         raise checkpoint.CheckpointError(f"{path / checkpoint.META}: {type(e).__name__}: {e}") from None
-    return Opened(parts, lambda name, targets: checkpoint.restore(path, name, targets))
+    _check_components(path, configs)
+
+    def problems(component: str, targets: dict) -> list[str]:
+        try:
+            return checkpoint.misfits(path, component, checkpoint.stored(path, component), targets)
+        except checkpoint.CheckpointError as e:
+            return [str(e)]
+
+    return Opened(parts, lambda name, targets: checkpoint.restore(path, name, targets), problems)
 
 
 def _waiting(configs: Mapping[str, Any], mesh: Mesh | None) -> list[str]:
@@ -152,3 +179,12 @@ def _waiting(configs: Mapping[str, Any], mesh: Mesh | None) -> list[str]:
     if sum(sizes.values()) / ways <= room:
         return []
     return [n for n in configs if n.startswith("text_encoder")]
+
+
+class _Callable(types.ModuleType):
+    """`import jdit.load` anywhere makes the attribute `jdit.load` this module, not the function: so it is both."""
+
+    __call__ = staticmethod(load)
+
+
+sys.modules[__name__].__class__ = _Callable

@@ -21,6 +21,7 @@ import util_toy as toy
 from convert import stream
 from convert.readers import open_weights
 from convert.write import write_back
+from jdit import blocks as disk
 from jdit import checkpoint
 from jdit.checkpoint import CheckpointError
 from jdit.sharding import assemble, make_mesh
@@ -66,21 +67,23 @@ def test_restore_and_load_into_a_mesh(tmp_path):
 
 
 def test_stacked_leaves_are_written_in_blocks(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "BLOCK_BYTES", 2 * toy.D * toy.F * 2)
+    monkeypatch.setattr(disk, "BLOCK_BYTES", 2 * toy.D * toy.F * 2)
     read = []
     reader = open_weights(toy.write(tmp_path, toy.state(BF16)))
     up = stream.convert_component(reader, toy.RULES, toy.targets())
     up = next(leaf for leaf in up if leaf.path == ("blocks", "up", "kernel"))
     load = reader.read
     reader.read = lambda key: read.append(key) or load(key)
-    blocks = up.blocks(checkpoint.block_rows(up.shape, up.dtype))
+    blocks = up.blocks(disk.block_rows(up.shape, up.dtype))
     assert not read and next(iter(blocks)).shape == (2, toy.D, toy.F) and len(read) == 2
     folder = saved(tmp_path / "x")
     assert len(list((folder / "transformer/blocks.up.kernel").glob("[0-9]*"))) == 2
     assert toy.same(checkpoint.stored(folder, "transformer")["blocks.up.kernel"][1:3, 2], leaves()[up.path][1:3, 2])
 
 
-def test_convert_check_and_back(tmp_path):
+@pytest.mark.parametrize("block_bytes", [1 << 26, 6])  # 6: the 8 values of a bias are in blocks of 3, 3 and 2
+def test_convert_check_and_back(tmp_path, monkeypatch, block_bytes):
+    monkeypatch.setattr(disk, "BLOCK_BYTES", block_bytes)
     source = toy.write(tmp_path / "src", toy.state(BF16) | {"gain": np.asarray(0.1, np.float32)})
     reader, digest = open_weights(source), stream.Digest()
     planned = stream.convert_component(reader, toy.RULES, toy.targets(), digest=digest)
@@ -177,7 +180,7 @@ def test_an_existing_folder_is_kept_unless_asked(tmp_path):
     def broken(rows):
         raise RuntimeError("half way")
 
-    bad = checkpoint.Leaf(("a",), (2,), BF16, broken)
+    bad = disk.Leaf(("a",), (2,), BF16, broken)
     with pytest.raises(RuntimeError, match="half way"):
         checkpoint.save(folder, {}, {"t": [bad]}, overwrite=True)
     assert checkpoint.read_meta(folder)["family"] == "toy" and os.listdir(tmp_path) == ["x"]
@@ -191,7 +194,7 @@ def test_an_existing_folder_is_kept_unless_asked(tmp_path):
 
 def test_unwritable_places_are_told_before_anything_is_read(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    never = checkpoint.Leaf(("a",), (2,), BF16, lambda rows: pytest.fail("read"))
+    never = disk.Leaf(("a",), (2,), BF16, lambda rows: pytest.fail("read"))
     with pytest.raises(CheckpointError, match="cannot be written"):
         checkpoint.save(tmp_path / "file/x", {}, {"t": [never]})
     huge = never._replace(shape=(1 << 50,))
@@ -215,13 +218,14 @@ SLOW = """
 import sys, time
 import numpy as np
 import orbax.checkpoint
+from jdit import blocks as disk
 from jdit import checkpoint
 def blocks(rows):
     for i in range(0, 40, rows):
         time.sleep(0.02)
         yield np.full((rows, 1000), i, np.float32)
-checkpoint.BLOCK_BYTES = 16000
-leaf = checkpoint.Leaf(("a",), (40, 1000), np.dtype(np.float32), blocks)
+disk.BLOCK_BYTES = 16000
+leaf = disk.Leaf(("a",), (40, 1000), np.dtype(np.float32), blocks)
 print("go", flush=True)
 checkpoint.save(sys.argv[1], {"family": "toy"}, {n: [leaf] for n in "abcd"})
 """
@@ -267,12 +271,13 @@ import orbax.checkpoint, tensorstore
 from convert import ops, stream
 from convert.readers import open_weights
 from convert.table import Rule
+from jdit import blocks as disk
 from jdit import checkpoint
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 src, dst = sys.argv[1:]
 rules = [Rule("l.{i}.w", "w", ops.linear, layers=range(8))]
 targets = {("w",): jax.ShapeDtypeStruct((8, 2048, 2560), "float32")}
-checkpoint.BLOCK_BYTES = 1 << 24
+disk.BLOCK_BYTES = 1 << 24
 before = peak()
 reader = open_weights(src)
 checkpoint.save(dst, {}, {"t": stream.convert_component(reader, rules, targets)})

@@ -141,6 +141,8 @@ def test_truncated_files_name_the_tensor(tmp_path):
         (b"<!DOCTYPE html><html>not found</html>", "safetensors"),
         (struct.pack("<Q", 4) + b"nope", "corrupt header"),
         (struct.pack("<Q", 2) + b"[]", "corrupt header"),
+        (struct.pack("<Q", 28) + b'{"a.b":{"x":1},"c.d":{"x":?}', ": c.d: corrupt header"),
+        (struct.pack("<Q", 15) + b'{"a.b":{"x":\xff}}', ": a.b: corrupt header"),
     ],
 )
 def test_what_is_no_safetensors_file(tmp_path, content, message):

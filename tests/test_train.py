@@ -100,7 +100,7 @@ def test_missing_folder_and_missing_caption(tmp_path):
     with pytest.raises(ValueError, match="no such data folder"):
         data.read(tmp_path / "x", 32)
     picture().save(tmp_path / "a.png")
-    with pytest.raises(ValueError, match="no caption in a.txt"):
+    with pytest.raises(ValueError, match=r"no caption in a\.txt"):
         data.read(tmp_path, 32)
 
 
@@ -128,8 +128,17 @@ def test_draw_follows_the_mix():
     assert all(c in e.caption[x] for x, c in zip(np.asarray(example[:200]), np.asarray(caption[:200])))
 
 
-@pytest.mark.parametrize("text, want", [("apple", "an apple"), ("cat", "a cat"), ("unicorn", "a unicorn"),
-                                        ("glasses", "glasses"), ("cactus", "a cactus"), ("bowl of beans", "a bowl of beans")])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, want",
+    [
+        ("apple", "an apple"),
+        ("cat", "a cat"),
+        ("unicorn", "a unicorn"),
+        ("glasses", "glasses"),
+        ("cactus", "a cactus"),
+        ("bowl of beans", "a bowl of beans"),
+    ],
+)
 def test_article(text, want):
     assert ex.article(text) == want
 
@@ -224,7 +233,9 @@ class Line:
 
 
 def line_config(folder, **run) -> config.Config:
-    return config.Config("flow", config.Data("d", batch=8), config.Optim(rate=0.05, warmup=2), config.Run(str(folder), **run))
+    return config.Config(
+        "flow", config.Data("d", batch=8), config.Optim(rate=0.05, warmup=2), config.Run(str(folder), **run)
+    )
 
 
 def final_state(folder: Path) -> dict[str, np.ndarray]:
@@ -275,7 +286,7 @@ def test_schedule_ends_at_its_floor():
 def test_loop_errors(tmp_path):
     with pytest.raises(ValueError, match="length"):
         loop.train(Line, line_config(tmp_path))
-    with pytest.raises(FloatingPointError, match="optim.rate"):
+    with pytest.raises(FloatingPointError, match=r"optim\.rate"):
         loop.train(lambda c: Line(c, poison=True), line_config(tmp_path, steps=2, chunk=1))
     assert not loop.checkpoints(tmp_path)
     loop.train(Line, line_config(tmp_path, steps=2))
@@ -301,12 +312,15 @@ def trained(tmp_path_factory) -> Path:
     common = [f'data.folder="{root}/data"', "data.size=16", "data.batch=8", "data.backgrounds=2", "run.chunk=1"]
     held = [f'data.held_out="{root}/held.txt"']
     tiny_clip = ["model.width=8", "model.mlp=16", "model.projection=8", "model.tower=2", "model.vocab_size=540"]
-    tiny_flow = ["model.layers=2", "model.heads=1", "model.head_dim=8", "model.pos_size=4", f'vae="{root}/vae"',
-                 f'text="{root}/text"', "run.sheet_steps=2", 'run.prompts=["a tomato", "ball"]', "run.evaluate=4"]  # fmt: skip
+    tiny_flow = [
+        "model.layers=2", "model.heads=1", "model.head_dim=8", "model.pos_size=4", f'vae="{root}/vae"',
+        f'text="{root}/text"', "run.sheet_steps=2", 'run.prompts=["a tomato", "ball"]', "run.evaluate=4",
+        "optim.rate=0.05", "optim.warmup=1", "optim.ema=0.0",  # far from the zeros that it starts with
+    ]  # fmt: skip
     stages = {
-        "vae": ["model.channels=[8, 8, 8, 8]", "model.groups=4", "model.latent_channels=4"],
-        "text": [*tiny_clip, *held],
-        "mmdit": [*tiny_flow, *held],
+        "vae": ["model.channels=[8, 8]", "model.groups=4", "model.latent_channels=4", "run.devices=1"],
+        "text": [*tiny_clip, *held, "run.devices=1"],
+        "mmdit": [*tiny_flow, *held, "run.devices=2"],
     }
     for stage, extra in stages.items():
         train.run(f"fluent-image/{stage}", [*common, *extra, f'run.folder="{root / stage}"'], steps=2)
@@ -345,11 +359,14 @@ def test_sampler_agrees_with_the_pipeline(trained):
     task = FlowTask(cfg)
     states, pooled = task.encode(["", "a tomato"])
     weights = task.net.read(trained / "model" / "transformer")
-    noise = jax.random.normal(jax.random.key(0), (1, 2, 2, 4))
+    noise = jax.random.normal(jax.random.key(0), (1, 8, 8, 4))
     both = lambda a: jnp.concatenate([a[:1], a[1:]])
     got = task.sampler._denoise(weights, noise, both(states), both(pooled), task.sampler.table, jnp.float32(3.0))
     pipe = jdit.load(trained / "model", dtype="float32")
-    want = pipe("a tomato", steps=2, guidance=3.0, height=16, width=16, latents=np.asarray(noise), output="latents").latents
+    want = pipe(
+        "a tomato", steps=2, guidance=3.0, height=16, width=16, latents=np.asarray(noise), output="latents"
+    ).latents
+    assert np.linalg.norm(got - noise) / np.linalg.norm(noise) > 0.1  # the network has something to say
     assert np.linalg.norm(got - want) / np.linalg.norm(want) < 2e-2  # the task's text states are rounded to bfloat16
 
 

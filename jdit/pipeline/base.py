@@ -2,7 +2,10 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import logging
+import math
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -92,7 +95,7 @@ class Pipeline:
 
         Raises:
             ValueError: an argument that the family does not take, or a value out of range; the message says what is.
-            FloatingPointError: the latents became NaN or infinite.
+            FloatingPointError: the latents became NaN or infinite. What `on_step` raises stops the run and is raised.
         """
         given = {k: v for k, v in locals().items() if k not in ("self", "prompt", "family", "__class__")} | family
         return self._generate(prompt, **self._check(given))
@@ -105,9 +108,8 @@ class Pipeline:
             raise ValueError(f"{self.parts.family} does not take {', '.join(unknown)}; it takes {takes}")
         if given["output"] not in OUTPUTS:
             raise ValueError(f"output={given['output']!r}; there are {', '.join(OUTPUTS)}")
-        for name in ("num_outputs", "steps"):
-            if given[name] is not None and given[name] < 1:
-                raise ValueError(f"{name}={given[name]}; it must be at least 1")
+        if problems := number_problems(given) or self.problems(given):
+            raise ValueError("; ".join(problems))
         return {k: v for k, v in given.items() if k in self.takes or k in always}
 
     def check(self, **arguments: Any):
@@ -116,10 +118,20 @@ class Pipeline:
         Raises:
             ValueError: as the call.
         """
-        unset: dict[str, Any] = dict.fromkeys(("steps", "num_outputs", "height", "width"))
-        given: dict[str, Any] = unset | {"output": "uint8"} | arguments
-        self._check(given)
-        self.size(given["height"], given["width"])
+        self._check({"output": "uint8"} | arguments)
+        self.size(arguments.get("height"), arguments.get("width"))
+        self.ready()
+
+    def problems(self, given: Mapping[str, Any]) -> list[str]:
+        """What is wrong with a family's own arguments, beyond single numbers: a line each."""
+        return []
+
+    def ready(self):
+        """Check that the parts which text goes through are there.
+
+        Raises:
+            ValueError: naming those that the model came without.
+        """
 
     def size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
         """Pixels of a run: what is asked for, or the variant's own, checked."""
@@ -140,26 +152,71 @@ class Pipeline:
         raise TypeError(f"{type(self).__name__} is abstract: use a family's pipeline")
 
 
-_listener: Callable[[int, int], None] | None = None
+WHOLE = ("height", "width", "num_frames", "steps", "num_outputs", "max_text_tokens")
+FINITE = ("guidance", "shift", "strength", "skip_layer_scale", "skip_layer_start", "skip_layer_stop")
+
+
+def number_problems(given: Mapping[str, Any]) -> list[str]:
+    """Arguments that should be whole numbers of at least 1, or finite numbers, and are not: a line each."""
+    out = []
+    for name in (n for n in (*WHOLE, *FINITE) if given.get(n) is not None):
+        value = given[name]
+        kinds = (int, np.integer) if name in WHOLE else (int, float, np.integer, np.floating)
+        if isinstance(value, bool) or not isinstance(value, kinds):
+            out.append(f"{name}={value!r}; it must be a {'whole ' * (name in WHOLE)}number")
+        elif name in WHOLE and value < 1 and name not in ("height", "width"):  # their check knows what would work
+            out.append(f"{name}={value}; it must be at least 1")
+        elif not math.isfinite(value):
+            out.append(f"{name}={value}; it must be finite")
+    return out
+
+
+class _Steps:
+    """Tells a call's listener of its steps; what the listener raises stops the run at that step."""
+
+    def __init__(self, listener: Callable[[int, int], None]):
+        self.listener, self.raised = listener, None
+
+    def __call__(self, index: int, steps: int):
+        try:
+            self.listener(index + 1, steps)
+        except BaseException as e:
+            self.raised = e
+            raise
+
+
+_steps: _Steps | None = None
 
 
 def report_step(index: int, steps: int):
     """The one step callback that stages compile in: it tells the call's listener, so another one never recompiles."""
-    if _listener is not None:
-        _listener(index + 1, steps)
+    if _steps is not None:
+        _steps(index, steps)
 
 
 @contextlib.contextmanager
 def reporting(listener: Callable[[int, int], None] | None):
-    """While inside, `report_step` tells `listener`; on leaving, all steps have been told."""
-    global _listener
-    _listener = listener
+    """While inside, `report_step` tells `listener`; on leaving, all steps have been told.
+
+    Raises:
+        Exception: what the listener raised, in the place of the error that the device makes of it.
+    """
+    global _steps
+    if listener is None:
+        yield
+        return
+    _steps = told = _Steps(listener)
+    trace = logging.getLogger("jax._src.debugging")  # it logs what a callback raises, which is raised again here
+    muted, trace.disabled = trace.disabled, True
     try:
         yield
-        if listener is not None:
-            jax.effects_barrier()
+        jax.effects_barrier()
+    except jax.errors.JaxRuntimeError:
+        if told.raised is None:
+            raise
+        raise told.raised from None
     finally:
-        _listener = None
+        _steps, trace.disabled = None, muted
 
 
 def as_list(texts: str | Sequence[str], what: str, count: int | None = None) -> list[str]:
@@ -168,7 +225,7 @@ def as_list(texts: str | Sequence[str], what: str, count: int | None = None) -> 
     Raises:
         ValueError: not strings, none, or another number of them than `count`.
     """
-    out = [texts] * (count or 1) if isinstance(texts, str) else list(texts)
+    out = [texts] * (count or 1) if isinstance(texts, str) else list(texts) if isinstance(texts, Iterable) else []
     if not out or not all(isinstance(t, str) for t in out):
         raise ValueError(f"{what} must be a string or a list of strings, not {texts!r}")
     if count is not None and len(out) != count:
@@ -176,24 +233,44 @@ def as_list(texts: str | Sequence[str], what: str, count: int | None = None) -> 
     return out
 
 
+def keys(seed: int | Sequence[int], count: int) -> list[jax.Array]:
+    """A random key an output: of seed + i, or of each of a list of seeds.
+
+    Raises:
+        ValueError: seeds that are no 64-bit integers, or another number of them than outputs.
+    """
+    try:
+        if isinstance(seed, int | np.integer):
+            seeds = [int(seed) + i for i in range(count)]
+        else:
+            seeds = [operator.index(s) for s in seed]
+    except TypeError:
+        raise ValueError(f"seed={seed!r}; it must be a whole number, or a list of one an output") from None
+    if len(seeds) != count:
+        raise ValueError(f"{len(seeds)} seeds for {count} outputs")
+    if wide := [s for s in seeds if not -(2**63) <= s < 2**63]:
+        raise ValueError(f"seed={wide[0]} has more than 64 bits")
+    return [jax.random.key(s) for s in seeds]
+
+
 def noise(shape: Sequence[int], seed: int | Sequence[int] | None) -> jax.Array:
     """Standard normal float32, each row from its own seed, so that a row does not depend on the batch around it.
 
     Raises:
-        ValueError: a list of seeds of another length than the batch.
+        ValueError: as `keys`.
     """
-    count = shape[0]
-    if seed is None:
-        seed = 0
-    seeds = [seed + i for i in range(count)] if isinstance(seed, int | np.integer) else list(seed)
-    if len(seeds) != count:
-        raise ValueError(f"{len(seeds)} seeds for {count} outputs")
-    return jnp.stack([jax.random.normal(jax.random.key(int(s)), tuple(shape[1:]), jnp.float32) for s in seeds])
+    rows = keys(0 if seed is None else seed, shape[0])
+    return jnp.stack([jax.random.normal(key, tuple(shape[1:]), jnp.float32) for key in rows])
 
 
 def given_latents(latents: np.ndarray | jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    if tuple(latents.shape) != shape:
-        raise ValueError(f"latents are {tuple(latents.shape)}; this call needs {shape} (channels last, unpatched)")
+    """The caller's noise, float32.
+
+    Raises:
+        ValueError: another shape.
+    """
+    if np.shape(latents) != shape:
+        raise ValueError(f"latents are {np.shape(latents)}; this call needs {shape} (channels last, unpatched)")
     return jnp.asarray(latents, jnp.float32)
 
 
@@ -206,8 +283,8 @@ def check_size(height: int, width: int, multiple: int, largest: int):
     problems = []
     for name, n in (("height", height), ("width", width)):
         if n < 1 or n % multiple or n > largest:
-            below, above = max(multiple, n // multiple * multiple), (n // multiple + 1) * multiple
-            near = sorted({min(below, largest), min(above, largest)})
+            below = min(max(n // multiple, 1) * multiple, largest)
+            near = sorted({below, min(max(n // multiple + 1, 1) * multiple, largest)})
             problems.append(f"{name}={n} does not work, {' or '.join(map(str, near))} would")
     if problems:
         raise ValueError(f"{'; '.join(problems)} (multiples of {multiple} up to {largest})")

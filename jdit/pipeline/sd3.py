@@ -25,6 +25,7 @@ from jdit.structs import Output, Prompt, Text
 
 ENCODERS = (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2"), ("text_encoder_3", "tokenizer_3"))
 MAX_T5_TOKENS = 512
+SKIP_SETTINGS = ("skip_layer_scale", "skip_layer_start", "skip_layer_stop")
 
 
 class LayerSkip(NamedTuple):
@@ -62,11 +63,11 @@ def _clip(clip_l: CLIPText, clip_g: CLIPText, ids_l, ids_g, joint_dim: int, skip
     return states, jnp.concatenate([one.projected, two.projected], -1)
 
 
-def encode_image(vae: AutoencoderKL, pixels, key, tiling: bool):
-    """uint8 (B, H, W, 3) to normalised latents: a draw from the posterior, its mode without a key."""
+def encode_image(vae: AutoencoderKL, pixels, keys, tiling: bool):
+    """uint8 (1, H, W, 3) to normalised latents: a draw from the posterior for each key, its mode without keys."""
     unit = pixels.astype(jnp.float32) / 127.5 - 1
     posterior = encode_tiled(vae, unit) if tiling else vae.encode(unit)
-    z = posterior.mode() if key is None else posterior.sample(key)
+    z = posterior.mode() if keys is None else jax.vmap(posterior.sample)(keys)[:, 0]
     return vae.normalise(z.astype(jnp.float32))
 
 
@@ -130,7 +131,7 @@ def stages(*, t5: bool, image: bool, pixels: bool, encode: bool = True, generate
     if not generate:
         return out
     if image:
-        reads = ("image", "image_key", "vae_tiling")
+        reads = ("image", "image_keys", "vae_tiling")
         out.append(Stage("encode_image", encode_image, ("vae",), reads, ("clean",), ("vae_tiling",)))
     out += [
         Stage("prepare", prepare, (), ("positive", "negative", "noise", "clean", "table"), ("x", "text")),
@@ -175,6 +176,41 @@ class StableDiffusion3(base.Pipeline):
         base.check_size(*size, self.size_multiple, cfg.pos_size * self.size_multiple)
         return size
 
+    def _encoders(self) -> tuple[tuple[str, str], ...]:
+        return ENCODERS if "text_encoder_3" in self.parts.configs else ENCODERS[:2]
+
+    def ready(self):
+        """See the base class."""
+        needed = [n for pair in self._encoders() for n in pair]
+        if lacks := [n for n in needed if n not in self.parts.configs and n not in self.parts.tokenizers]:
+            raise ValueError(f"this model came without {', '.join(lacks)}: load it with parts={{name: path}}")
+
+    def problems(self, given: Mapping[str, Any]) -> list[str]:
+        """See the base class."""
+        out = self._text_problems(given)
+        if given.get("image") is None and given.get("strength") is not None:
+            out.append("strength goes with image")
+        layers, skipped = self.parts.configs["transformer"].layers, given.get("skip_layers")
+        if not skipped:
+            return out + [f"{n} goes with skip_layers" for n in SKIP_SETTINGS if given.get(n) is not None]
+        if isinstance(skipped, str | int):
+            out.append(f"skip_layers={skipped!r}; it must be a list of layer numbers")
+        elif bad := [i for i in skipped if i not in range(layers)]:
+            out.append(f"skip_layers {bad} do not exist; the transformer has layers 0 to {layers - 1}")
+        if not _or(given.get("guidance"), self.plan.guidance) > 1:
+            out.append("skip_layers needs guidance above 1")
+        return out
+
+    def _text_problems(self, given: Mapping[str, Any]) -> list[str]:
+        tokens, skip, out = given.get("max_text_tokens"), given.get("clip_skip"), []
+        if tokens is not None and tokens > MAX_T5_TOKENS:
+            out.append(f"max_text_tokens={tokens}; it may be 1 to {MAX_T5_TOKENS}")
+        encoders = [self.parts.configs[n] for n, _ in ENCODERS[:2] if n in self.parts.configs]
+        most = min((cfg.layers for cfg in encoders), default=1) - 1
+        if skip is not None and skip not in range(most + 1):
+            out.append(f"clip_skip={skip}; it may be 0 to {most}")
+        return out
+
     def encode(
         self,
         prompt: str | Sequence[str],
@@ -192,18 +228,17 @@ class StableDiffusion3(base.Pipeline):
         count = len(texts)
         if negative is not None:
             texts = base.as_list(negative, "negative_prompt", count) + texts
-        tokens = max_text_tokens if max_text_tokens is not None else self.plan.max_text_tokens
-        if not 1 <= tokens <= MAX_T5_TOKENS:
-            raise ValueError(f"max_text_tokens={tokens}; it may be 1 to {MAX_T5_TOKENS}")
+        tokens = _or(max_text_tokens, self.plan.max_text_tokens)
+        if problems := self._text_problems({"max_text_tokens": tokens, "clip_skip": clip_skip}):
+            raise ValueError("; ".join(problems))
+        self.ready()
         t5 = "text_encoder_3" in self.parts.configs
-        needed = [n for pair in ENCODERS[: 3 if t5 else 2] for n in pair]
-        if lacks := sorted(n for n in needed if n not in self.parts.configs and n not in self.parts.tokenizers):
-            raise ValueError(f"this model came without {', '.join(lacks)}: load it with parts={{name: path}}")
-        clip_tokens = self.parts.tokenizers["tokenizer"].max_length
+        # upstream pads both to the first one's limit; files that say none mean the positions that there are
+        clip_tokens = self.parts.tokenizers["tokenizer"].max_length or self.parts.configs["text_encoder"].max_positions
         values: dict[str, Any] = {
             "joint_dim": self.parts.configs["transformer"].joint_dim, "absent": tokens, "clip_skip": clip_skip or 0,
         }  # fmt: skip
-        for (_, name), key in zip(ENCODERS[: 3 if t5 else 2], ("ids", "ids_2", "ids_3")):
+        for (_, name), key in zip(self._encoders(), ("ids", "ids_2", "ids_3")):
             length = tokens if key == "ids_3" else clip_tokens
             values[key] = jnp.asarray(self.parts.tokenizers[name].encode(texts, max_length=length))
         values, spent = run(stages(t5=t5, image=False, pixels=False, generate=False), self.weights, values)
@@ -225,8 +260,6 @@ class StableDiffusion3(base.Pipeline):
         if not a.get("skip_layers"):
             return None
         layers = self.parts.configs["transformer"].layers
-        if bad := [i for i in a["skip_layers"] if not 0 <= i < layers]:
-            raise ValueError(f"skip_layers {bad} do not exist; the transformer has layers 0 to {layers - 1}")
         start, stop = _or(a.get("skip_layer_start"), 0.01), _or(a.get("skip_layer_stop"), 0.2)
         active = guide.active_steps(steps, start, stop)
         scale = jnp.float32(_or(a.get("skip_layer_scale"), 2.8))
@@ -236,8 +269,6 @@ class StableDiffusion3(base.Pipeline):
         height, width = self.size(a["height"], a["width"])
         steps, scale = _or(a["steps"], self.plan.steps), _or(a["guidance"], self.plan.guidance)
         strength = None if a["image"] is None else _or(a.get("strength"), 0.6)
-        if a["image"] is None and a.get("strength") is not None:
-            raise ValueError("strength goes with image")
         table = self.table(
             height, width, steps, shift=_or(a["shift"], self.plan.shift), solver=a["solver"], strength=strength
         )
@@ -247,6 +278,8 @@ class StableDiffusion3(base.Pipeline):
             if not isinstance(prompt, Prompt):
                 negative = (a["negative_prompt"] or "") if guided else None
                 prompt = self._encode(prompt, negative, a["max_text_tokens"], a.get("clip_skip"), timings)
+            elif given := [n for n in ("negative_prompt", "max_text_tokens", "clip_skip") if a.get(n) is not None]:
+                raise ValueError(f"{', '.join(given)}: the prompt is encoded already; give it to encode")
             if guided and prompt.negative is None:
                 raise ValueError("guidance above 1 needs a prompt encoded with a negative_prompt")
             count = prompt.positive.states.shape[0] * a["num_outputs"]
@@ -261,14 +294,18 @@ class StableDiffusion3(base.Pipeline):
             }  # fmt: skip
             if a["image"] is not None:
                 values["image"] = jnp.asarray(media.resize(media.picture(a["image"]), height, width))[None]
-                seeded = isinstance(a["seed"], int | np.integer)
-                values["image_key"] = jax.random.key(a["seed"]) if seeded else None
+                values["image_keys"] = None if a["seed"] is None else _posterior_keys(a["seed"], count)
             todo = stages(t5=False, image=a["image"] is not None, pixels=a["output"] != "latents", encode=False)
             with base.reporting(a["on_step"]):
                 values, spent = run(todo, self.weights, values)
         base.check_finite(values["latents"], "denoise")
         pixels = np.asarray(values["pixels"]) if a["output"] != "latents" else None
         return Output(pixels, values["latents"], timings | spent)
+
+
+def _posterior_keys(seed: int | Sequence[int], count: int) -> jax.Array:
+    """Folded, since the unfolded keys make the noise that is laid on the picture."""
+    return jnp.stack([jax.random.fold_in(key, 1) for key in base.keys(seed, count)])
 
 
 def _or(value: Any, default: Any) -> Any:

@@ -42,11 +42,15 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(folder / "log.txt")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    level = log.level
     log.addHandler(handler)
+    if not log.isEnabledFor(logging.INFO):  # the file is the record of the run, whatever the caller shows
+        log.setLevel(logging.INFO)
     try:
         (folder / "config.json").write_text(cfg.dumps(), encoding="utf-8")
         return train(_task, cfg, resume=resume)
     finally:
+        log.setLevel(level)
         log.removeHandler(handler)
         handler.close()
 

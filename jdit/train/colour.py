@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 
 class Colour(NamedTuple):
-    """rgb: what an object of this colour has as its mid tone. hues: the range, in degrees, that counts as this colour."""
+    """rgb: what an object of this colour has as its mid tone. hues: the degrees that count as it."""
 
     rgb: tuple[int, int, int]
     hues: tuple[int, int]

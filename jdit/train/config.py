@@ -64,10 +64,11 @@ class Run:
     Attributes:
         folder: checkpoints, sample sheets, the log and the result are written here.
         steps: length of the run and of its schedule; 0: `minutes` decides.
-        minutes: length by the clock: the speed is measured and the schedule fitted to it. Earlier parts of a resumed run count.
+        minutes: length by the clock: the speed is measured, the schedule fitted to it. Parts of a resumed run count.
         stop_after: minutes after which this call saves and stops, finished or not; 0: never.
         chunk: steps a dispatch; the host looks in between. log, save, sheet: seconds from one to the next.
-        devices: 0 takes all. attention: backend to try first (jdit.nn.attention). remat: "dots" recomputes all but products in the backward pass, "none" keeps everything.
+        devices: 0 takes all. attention: backend to try first (jdit.nn.attention).
+        remat: "dots" recomputes all but products in the backward pass, "none" keeps everything.
         prompts, guidance, sheet_steps: of the sample sheets. evaluate: captions that are generated to measure recall.
     """
 

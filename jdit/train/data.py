@@ -1,6 +1,6 @@
 """A folder of pictures with captions.
 
-Either metadata.jsonl with a line a picture, {"file_name", "text"} and optionally "captions" (a list: what else it may be
+Either metadata.jsonl with a line a picture, {"file_name", "text"}, optionally "captions" (a list: all that it may be
 called), "split" ("train" or "val"), "noun", "hue", "value" (see recipes/fluent_image/prepare.py); or NAME.txt beside
 NAME.png, each line of which is a caption.
 """
@@ -18,7 +18,10 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 class Item(NamedTuple):
-    """One picture's record. noun: what a recoloured copy is called, "" for none; hue (turns) and value: its main colour."""
+    """One picture's record.
+
+    noun: what a recoloured copy is called, "" for none. hue (turns) and value: its main colour.
+    """
 
     file: Path
     text: str

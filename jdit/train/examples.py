@@ -30,7 +30,10 @@ def article(text: str) -> str:
 
 
 class Examples(NamedTuple):
-    """Examples in the order of `GROUPS`; `start` and `size` of each group. colour -1 is the picture's own, background 0 white."""
+    """Examples in the order of `GROUPS`, with `start` and `size` of each group.
+
+    colour: -1 is the picture's own. background: 0 is white.
+    """
 
     picture: Int[np.ndarray, "E"]
     colour: Int[np.ndarray, "E"]

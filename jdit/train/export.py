@@ -5,17 +5,21 @@ import shutil
 from pathlib import Path
 
 from jdit.atomic import whole, write_file
-from jdit.train.sheet import SCHEDULER
 
 PARTS = {
     "vae": "vae", "text_encoder": "text", "text_encoder_2": "text", "tokenizer": "text", "tokenizer_2": "text",
     "transformer": "mmdit",
 }  # fmt: skip
 """Component -> the stage whose folder has it."""
+SCHEDULER = {
+    "_class_name": "UniPCMultistepScheduler", "num_train_timesteps": 1000, "prediction_type": "flow_prediction",
+    "use_flow_sigmas": True, "flow_shift": 1.0, "solver_order": 2, "solver_type": "bh2",
+}  # fmt: skip
+"""Second order on the times of training, unshifted."""
 INDEX = {
     "_class_name": "StableDiffusion3Pipeline",
     "_diffusers_version": "0.31.0",
-    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    "scheduler": ["diffusers", "UniPCMultistepScheduler"],
     "text_encoder": ["transformers", "CLIPTextModelWithProjection"],
     "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
     "text_encoder_3": [None, None],
@@ -44,6 +48,9 @@ def export(stages: dict[str, Path], out: str | Path, *, overwrite: bool = False)
     with whole(out, overwrite=overwrite) as folder:
         for part, source in sources.items():
             shutil.copytree(source, folder / part)
+            if part.startswith("text_encoder"):  # else transformers loads bfloat16 where diffusers loads float32
+                config = json.loads((source / "config.json").read_text())
+                write_file(folder / part / "config.json", json.dumps(config | {"dtype": "float32"}, indent=2) + "\n")
         (folder / "scheduler").mkdir()
         write_file(folder / "scheduler" / "scheduler_config.json", json.dumps(SCHEDULER, indent=2) + "\n")
         write_file(folder / "model_index.json", json.dumps(INDEX, indent=2) + "\n")

@@ -59,18 +59,20 @@ class FlowTask:
         self._run_clips = jax.jit(self._clip_states)
         states, pooled = self.encode(self.list.texts)
         self.data = {
-            "latents": self._latents(), "states": states, "pooled": pooled, "draw": ex.drawable(self.list, cfg.data.mix),
+            "latents": self._latents(), "states": states, "pooled": pooled,
+            "draw": ex.drawable(self.list, cfg.data.mix),
         }  # fmt: skip
         self.texts: dict[tuple[str, ...], tuple[Array, Array]] = {}
         self.sampler = Sampler(self.net, self.vae, self.vae_weights, self.counts, cfg.run.sheet_steps)
         log.info("%d examples, %d captions", len(self.list.picture), len(self.list.texts))
 
     def _model(self) -> MMDiTConfig:
-        vae, (l, g) = self.vae.cfg, (net.cfg for net, _ in self.clips)
+        vae, (one, two) = self.vae.cfg, (net.cfg for net, _ in self.clips)
         side = self.cfg.data.size // vae.factor
         implied = dict(
             sample_size=side, in_channels=vae.latent_channels, out_channels=vae.latent_channels,
-            joint_dim=l.width + g.width, pooled_dim=(l.projection or l.width) + (g.projection or g.width),
+            joint_dim=one.width + two.width,
+            pooled_dim=(one.projection or one.width) + (two.projection or two.width),
         )  # fmt: skip
         try:
             return MMDiTConfig(**{**implied, **self.cfg.model})
@@ -92,7 +94,10 @@ class FlowTask:
         """Text states (the zero token last) and pooled vectors of captions, bfloat16."""
         weights = [w for _, w in self.clips]
         tokens = [t.encode(texts) for t in self.tokenizers]
-        parts = [self._run_clips(weights, [t[i] for t in tokens]) for i in _batches(len(texts), 4096)]
+        parts = [
+            self._run_clips(weights, [t[i] for t in tokens])
+            for i in _batches(len(texts), 4096 if len(texts) > 512 else 512)
+        ]
         return tuple(jnp.concatenate(p)[: len(texts)] for p in zip(*parts))
 
     def _latents(self) -> Float[Array, "E h w C"]:
@@ -105,7 +110,10 @@ class FlowTask:
             return vae.normalise(vae.encode(ex.render(rgba, colours, *rows) * 2 - 1).mean).astype(jnp.bfloat16)
 
         rows = (self.list.picture, self.list.colour, self.list.background)
-        parts = [run(self.vae_weights, rgba, colours, *(r[i] for r in rows)) for i in _batches(len(rows[0]), 512)]
+        parts = [
+            run(self.vae_weights, rgba, colours, *(r[i] for r in rows))
+            for i in _batches(len(rows[0]), 512 if len(rows[0]) > 64 else 64)
+        ]
         latents = jnp.concatenate(parts)[: len(rows[0])]
         sample = latents[: self.list.size[0]].astype(jnp.float32)
         log.info("latents %s, mean %.3f, deviation %.3f", latents.shape, float(sample.mean()), float(sample.std()))
@@ -155,7 +163,9 @@ class FlowTask:
             figures |= recall(np.asarray(latents), plain, rows)
         if self.held_out and n:
             pairs = sorted(self.held_out)
-            pictures = self.sampler.pictures(ema, *self._text([ex.article(p) for p in pairs]), guidance=run.guidance, seed=3)
+            pictures = self.sampler.pictures(
+                ema, *self._text([ex.article(p) for p in pairs]), guidance=run.guidance, seed=3
+            )
             figures["colour"] = colours_right(pictures, [p.split(" ")[0] for p in pairs])
         return figures
 
@@ -180,4 +190,4 @@ def _component(folder: str, name: str) -> Path:
 def _batches(n: int, size: int):
     """Indices in equal batches (one compilation); the last is filled up with the last index."""
     for start in range(0, n, size):
-        yield np.minimum(np.arange(start, start + min(size, max(n, 1))), n - 1)
+        yield np.minimum(np.arange(start, start + size), n - 1)

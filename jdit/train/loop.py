@@ -36,6 +36,8 @@ KEEP = 2
 """Checkpoints that stay."""
 RESULT = "result.json"
 """Written at the end of a run: its figures."""
+OPEN = 2**30
+"""Length of a schedule that has not been measured yet."""
 FIT_UNTIL = 0.5
 """Share of the time during which the length of the schedule follows the measured speed."""
 
@@ -250,7 +252,7 @@ def train(make: Callable[[Config], Task], cfg: Config, *, resume: bool = False) 
     with jax.set_mesh(mesh), preferring(run.attention), _Stop() as stop:
         everywhere = NamedSharding(mesh, P())
         task = make(cfg)
-        total = run.steps or 2**30
+        total = run.steps or OPEN
         state = jax.device_put(init_state(task.init(), cfg.optim, total), everywhere)
         data = jax.device_put(task.data, everywhere)
         task.data = data
@@ -285,12 +287,12 @@ def _loop(task, cfg: Config, folder: Path, state: State, data, chunk, stop: _Sto
             raise FloatingPointError(f"the loss is {figures['loss']} at step {step}: lower optim.rate and resume from "
                                      f"the last checkpoint in {folder / 'checkpoints'}")  # fmt: skip
         rate = clock.rate(step)
-        if rate and not run.steps and clock.seconds < FIT_UNTIL * 60 * run.minutes:
+        if rate and not run.steps and (total == OPEN or clock.seconds < FIT_UNTIL * 60 * run.minutes):
             total = step + max(int(rate * (60 * run.minutes - clock.seconds)), 1)
             state = state._replace(total=jax.device_put(jnp.int32(total), everywhere))
         if due("log") or step >= total:
             speed = "" if not rate else f" {rate:.2f} steps/s {rate * task.examples:.0f} pictures/s"
-            log.info("step %d/%s %s%s", step, total if total < 2**30 else "?", _line(figures), speed)
+            log.info("step %d/%s %s%s", step, total if total < OPEN else "?", _line(figures), speed)
             last["log"] = time.monotonic()
         over = run.stop_after and time.monotonic() - started >= 60 * run.stop_after
         if step < total and (stop.asked or over):

@@ -1,4 +1,4 @@
-"""Networks as flat dicts of float32 master weights, computed with in another dtype; and their folders in diffusers layout."""
+"""Networks as flat dicts of float32 master weights, computed with in another dtype; their folders on disk."""
 
 import contextlib
 import dataclasses

@@ -16,6 +16,7 @@ from jdit.train.nets import Net, Weights
 SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 1.0}
 """The scheduler that a trained model is written with: times are those of training, unshifted."""
 BATCH = 64
+"""Pictures at once; more than a quarter of it are filled up to it, so that few sizes are compiled."""
 
 
 class Sampler:
@@ -38,11 +39,17 @@ class Sampler:
         return jnp.round(jnp.clip(pixels, 0, 1) * 255).astype(jnp.uint8)
 
     def latents(
-        self, weights: Weights, states: Float[Array, "B+1 L J"], pooled: Float[Array, "B+1 P"], *, guidance: float, seed: int
+        self,
+        weights: Weights,
+        states: Float[Array, "B+1 L J"],
+        pooled: Float[Array, "B+1 P"],
+        *,
+        guidance: float,
+        seed: int,
     ) -> Float[Array, "B h w C"]:
         """Normalised latents of texts 1..B; row 0 is the empty text."""
         cfg, n = self.net.cfg, states.shape[0] - 1
-        size = min(BATCH, n)
+        size = BATCH if 4 * n > BATCH else n
         out = []
         for start in range(0, n, size):
             rows = np.minimum(np.arange(start, start + size), n - 1) + 1
@@ -52,10 +59,12 @@ class Sampler:
             out.append(self._denoise(weights, noise, both(states), both(pooled), self.table, jnp.float32(guidance)))
         return jnp.concatenate(out)[:n]
 
-    def pictures(self, weights: Weights, states: Array, pooled: Array, *, guidance: float, seed: int) -> UInt8[np.ndarray, "B H W 3"]:
+    def pictures(
+        self, weights: Weights, states: Array, pooled: Array, *, guidance: float, seed: int
+    ) -> UInt8[np.ndarray, "B H W 3"]:
         """`latents`, decoded."""
         z = self.latents(weights, states, pooled, guidance=guidance, seed=seed)
-        size = min(BATCH, len(z))
+        size = BATCH if 4 * len(z) > BATCH else len(z)
         parts = []
         for start in range(0, len(z), size):
             rows = np.minimum(np.arange(start, start + size), len(z) - 1)
@@ -68,7 +77,9 @@ def draw_sheet(pictures: UInt8[np.ndarray, "B H W 3"], prompts: list[str], file:
     write(contact_sheet(pictures, prompts), file)
 
 
-def recall(made: Float[np.ndarray, "B h w C"], known: Float[np.ndarray, "N h w C"], right: np.ndarray) -> dict[str, float]:
+def recall(
+    made: Float[np.ndarray, "B h w C"], known: Float[np.ndarray, "N h w C"], right: np.ndarray
+) -> dict[str, float]:
     """How often the nearest (top1) or one of the five nearest (top5) known latents is the right one.
 
     Args:

