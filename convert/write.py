@@ -26,8 +26,11 @@ NAMES = {np.dtype(d): name for name, d in DTYPES.items()}
 class LeafOnDisk(Protocol):
     """An array or `checkpoint.Stored`: shape, dtype, and data by index."""
 
-    shape: tuple[int, ...]
-    dtype: np.dtype
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype: ...
 
     def __getitem__(self, index) -> np.ndarray: ...
 

@@ -40,7 +40,7 @@ def _handler(**options):
     import orbax.checkpoint as ocp
 
     class LeafHandler(ocp.type_handlers.NumpyHandler):
-        async def serialize(self, values, infos, args=None):
+        async def serialize(self, values: Any, infos, args=None):
             with Writer() as writer:
                 for value, info in zip(values, infos, strict=True):
                     writer.write(value.leaf, Path(info.parent_dir) / info.name)

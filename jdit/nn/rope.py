@@ -49,8 +49,8 @@ def apply_rope(x: Float[Array, "B N H K"], rope: Rope, layout: Layout = "pairs")
     """Rotate queries or keys.
 
     Args:
-        layout: which dims form a pair: "pairs" neighbours (0, 1), (2, 3) as in Flux, Wan, Hunyuan and CogVideoX; "halves"
-            i and i + K/2, as in Llama and Qwen's language models.
+        layout: which dims form a pair: "pairs" neighbours (0, 1), (2, 3), as in Flux, Wan, Hunyuan and CogVideoX;
+            "halves" i and i + K/2, as in Llama and Qwen's language models.
     """
     x32 = x.astype(jnp.float32)
     cos, sin = rope.cos[:, None], rope.sin[:, None]  # N 1 K/2

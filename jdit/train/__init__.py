@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 log = logging.getLogger("jdit")
 
@@ -55,7 +56,7 @@ def run(
         handler.close()
 
 
-def _task(cfg):
+def _task(cfg: Any) -> Any:
     if cfg.stage == "vae":
         from jdit.train.vae import VAETask
 

@@ -3,7 +3,7 @@
 B batch, H rows, W columns. Pictures are RGBA in [0, 1]; hues are in turns [0, 1).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,8 +47,8 @@ WORDS = frozenset([*COLOURS, *BACKGROUNDS, "brown", "grey", "golden", "silver", 
 """Words that make a caption unfit for a further colour."""
 
 
-def hsv(rgb: Float[Array, "*S 3"]) -> tuple[Float[Array, "*S"], Float[Array, "*S"], Float[Array, "*S"]]:
-    """Hue in turns, saturation and value. Works on NumPy and JAX arrays."""
+def hsv(rgb: Any) -> tuple[Any, Any, Any]:
+    """Hue in turns, saturation and value, (*S) each, of colours (*S, 3), as NumPy or JAX arrays after the argument."""
     xp = np if isinstance(rgb, np.ndarray) else jnp
     high, low = rgb.max(-1), rgb.min(-1)
     delta = high - low
@@ -78,7 +78,7 @@ def dominant(rgba: Float[np.ndarray, "H W 4"], width: float = 30 / 360) -> Domin
         return Dominant(0.0, 0.0, 0.0)
     coloured = (s > SATURATED) & (v > 0.15)
     counts = np.histogram(h[coloured], bins=72, range=(0, 1), weights=s[coloured])[0]
-    smooth = sum(np.roll(counts, i) for i in range(-3, 4))
+    smooth = np.sum([np.roll(counts, i) for i in range(-3, 4)], axis=0)
     hue = (int(smooth.argmax()) + 0.5) / 72
     near = coloured & (np.abs((h - hue + 0.5) % 1 - 0.5) < width)
     return Dominant(hue, float(near.mean()), float(np.median(v[near])) if near.any() else 0.0)

@@ -82,7 +82,7 @@ class FlowTask:
     @property
     def counts(self) -> Float[Array, "L"]:
         """How many tokens each context token stands for."""
-        return jnp.ones(self.tokenizers[0].max_length + 1).at[-1].set(ABSENT_T5)
+        return jnp.ones((self.tokenizers[0].max_length or 0) + 1).at[-1].set(ABSENT_T5)
 
     def _clip_states(self, weights, tokens):
         outs = [net.build(w)(t) for (net, _), w, t in zip(self.clips, weights, tokens)]
@@ -98,7 +98,8 @@ class FlowTask:
             self._run_clips(weights, [t[i] for t in tokens])
             for i in _batches(len(texts), 4096 if len(texts) > 512 else 512)
         ]
-        return tuple(jnp.concatenate(p)[: len(texts)] for p in zip(*parts))
+        states, pooled = (jnp.concatenate(p)[: len(texts)] for p in zip(*parts))
+        return states, pooled
 
     def _latents(self) -> Float[Array, "E h w C"]:
         """Normalised latents (the posterior's mean) of all examples, bfloat16."""

@@ -85,7 +85,7 @@ class Net:
         weights = jax.jit(make)(jax.random.key(seed))
         return {k: v for k, v in weights.items() if k not in self.fixed}
 
-    def build(self, weights: Mapping[str, Array]) -> nnx.Module:
+    def build(self, weights: Mapping[str, Array]) -> Any:
         """The module, its leaves cast to the dtype of computation."""
         full = {**weights, **{k: jnp.asarray(v) for k, v in self.fixed.items()}}
         cast = {self.paths[k]: v.astype(self.cfg.dtype) for k, v in full.items()}
@@ -104,7 +104,7 @@ class Net:
 
     def write(self, folder: str | Path, weights: Mapping[str, Array], dtype: str = "bfloat16") -> None:
         """A component folder in diffusers layout."""
-        host = {k: np.asarray(v) for k, v in {**weights, **self.fixed}.items()}
+        host: dict[str, Any] = {k: np.asarray(v) for k, v in {**weights, **self.fixed}.items()}
         stem = "model" if self.component.upstream_class.startswith("CLIP") else "diffusion_pytorch_model"
         cfg = self._master
         write_back(folder, host, self.component.rules(cfg), self.component.upstream_config(cfg), stem=stem, dtype=dtype)

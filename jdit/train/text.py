@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -55,9 +56,9 @@ def train_vocabulary(texts: Iterable[str], size: int) -> tuple[dict[str, int], l
         vocab_size=size - 2, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
     )
     backend.train_from_iterator(texts, trainer)
-    pairs = [
-        tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in json.loads(backend.to_str())["model"]["merges"]
-    ]
+    merges = json.loads(backend.to_str())["model"]["merges"]
+    split_up = (m.split(" ") if isinstance(m, str) else m for m in merges)
+    pairs: list[tuple[str, str]] = [(a, b) for a, b in split_up]
     vocabulary = [*alphabet, *(c + "</w>" for c in alphabet)]
     pairs = pairs[: size - 2 - len(vocabulary)]
     vocabulary += [a + b for a, b in pairs]
@@ -123,7 +124,8 @@ def contrastive(a: Float[Array, "B P"], b: Float[Array, "B P"], scale, same: Arr
     a, b = (x / (jnp.linalg.norm(x, axis=-1, keepdims=True) + 1e-6) for x in (a, b))
     logits = scale * jnp.dot(a, b.T, preferred_element_type=jnp.float32)
     logits = jnp.where(same & ~jnp.eye(len(a), dtype=bool), -jnp.inf, logits)
-    loss = -0.5 * sum(jnp.diagonal(jax.nn.log_softmax(logits, axis)).mean() for axis in (0, 1))
+    right = lambda axis: jnp.diagonal(jax.nn.log_softmax(logits, axis)).mean()
+    loss = -0.5 * (right(0) + right(1))
     return loss, (logits.argmax(-1) == jnp.arange(len(a))).mean()
 
 
@@ -140,7 +142,7 @@ class TextTask:
         self.list = ex.build(train.items, held_out=held_out, backgrounds=cfg.data.backgrounds, seed=cfg.run.seed)
         self.tokenizers = write_tokenizers(Path(cfg.run.folder), self.list.texts, m["vocab_size"], m["max_length"])
         vocabulary = self.tokenizers[0].vocab_size
-        shared = dict(
+        shared: dict[str, Any] = dict(
             vocab_size=vocabulary, width=m["width"], mlp=m["mlp"], layers=m["layers"], heads=m["heads"],
             max_positions=m["max_length"], projection=m["projection"], eos_token_id=vocabulary - 1,
         )  # fmt: skip

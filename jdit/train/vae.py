@@ -36,9 +36,10 @@ def gradients(x: Float[Array, "B H W C"]) -> tuple[Array, Array]:
 
 def edge_loss(a: Float[Array, "B H W C"], b: Float[Array, "B H W C"], scales: int = 3) -> Float[Array, ""]:
     """Mean absolute difference of the gradients, over `scales` halvings of the size."""
-    total = 0.0
+    total = jnp.float32(0)
     for _ in range(scales):
-        total += sum(jnp.abs(x - y).mean() for x, y in zip(gradients(a), gradients(b)))
+        for x, y in zip(gradients(a), gradients(b)):
+            total += jnp.abs(x - y).mean()
         a, b = (x.reshape(x.shape[0], x.shape[1] // 2, 2, x.shape[2] // 2, 2, -1).mean((2, 4)) for x in (a, b))
     return total / scales
 

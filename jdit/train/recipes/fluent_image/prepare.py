@@ -75,7 +75,8 @@ def read_package(path: Path) -> dict[str, bytes]:
         raise FileNotFoundError(f"{path}: no such folder or .tgz; get it with `npm pack`")
     with tarfile.open(path) as tar:
         members = {m.name.removeprefix("package/"): m for m in tar.getmembers() if m.isfile()}
-        return {name: tar.extractfile(m).read() for name, m in members.items() if wanted(name)}
+        opened = {name: tar.extractfile(m) for name, m in members.items() if wanted(name)}
+        return {name: file.read() for name, file in opened.items() if file is not None}
 
 
 def caption(label: str) -> str:
