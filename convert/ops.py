@@ -28,7 +28,7 @@ def fused_linear(n: int) -> Op:
     return Op(
         f"fused_linear({n})",
         lambda w: w.reshape(n, -1, w.shape[1]).transpose(2, 0, 1),
-        lambda w: w.transpose(1, 2, 0).reshape(-1, w.shape[0]),
+        lambda w: w.reshape(w.shape[0], -1).T,
     )
 
 

@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 
 from convert.formats import DTYPES
 from convert.ops import Op
-from convert.table import ConversionError, Index, Rule, back, summary
+from convert.table import ConversionError, Index, Rule, back, dense, summary
 from jdit.atomic import sync, write_file
 
 NAMES = {np.dtype(d): name for name, d in DTYPES.items()}
@@ -48,7 +48,7 @@ class Out(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
     def load(self) -> np.ndarray:
-        return np.ascontiguousarray(self.op.inverse(np.asarray(self.leaf[self.index or ...])), self.dtype)
+        return dense(self.op.inverse(np.asarray(self.leaf[self.index or ...])), self.dtype)
 
 
 def outputs(leaves: Mapping[str, LeafOnDisk], rules: Sequence[Rule], dtype: DTypeLike | None = None) -> list[Out]:

@@ -68,8 +68,7 @@ def test_velocity(both, skip):
     theirs, _, ours = both
     x, context, pooled, t = inputs()
     layers = len(theirs.transformer_blocks)
-    if skip and max(skip) >= layers:
-        pytest.skip("the tiny model has fewer layers")
+    skip = skip and [i for i in skip if i < layers]
     flags = None if skip is None else jnp.asarray(np.isin(np.arange(layers), skip))
     got = run(ours, x, context, pooled, t, skip=flags)
     assert error(got, reference(theirs, x, context, pooled, t, skip_layers=skip)) < 1e-5
