@@ -113,12 +113,10 @@ def speed(scratch: Path, scale: str, rounds: int) -> dict:
             ("copy", copy, ["sh", "-c", copy_command, source, copy]),
             ("convert", out, [*JDIT, "convert", source, out]),
         ):
-            remove(target)
             cold(source)
             takes[name].append(must(*command))
             tell(name, takes[name][-1])
-        remove(copy)
-    remove(out)
+            remove(target)
     cold(source)
     takes["convert --check"] = [must(*JDIT, "convert", source, out, "--check")]
     cold(out)
@@ -266,7 +264,7 @@ def main() -> None:
     parser.add_argument("scratch", type=Path)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--scale", choices=list(SHARD_BYTES), default="full", help="of the speed part")
-    parser.add_argument("--rounds", type=int, default=2, help="copies and conversions that take turns")
+    parser.add_argument("--rounds", type=int, default=3, help="copies and conversions that take turns")
     parser.add_argument("--times", type=int, default=10, help="kills")
     parser.add_argument("--out", type=Path, help="stem of the .json and .md to write")
     args = parser.parse_args()

@@ -182,7 +182,7 @@ class StableDiffusion3(base.Pipeline):
     def ready(self):
         """See the base class."""
         needed = [n for pair in self._encoders() for n in pair]
-        if lacks := [n for n in needed if n not in self.parts.configs and n not in self.parts.tokenizers]:
+        if lacks := sorted(n for n in needed if n not in self.parts.configs and n not in self.parts.tokenizers):
             raise ValueError(f"this model came without {', '.join(lacks)}: load it with parts={{name: path}}")
 
     def problems(self, given: Mapping[str, Any]) -> list[str]:
