@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import click
@@ -55,16 +56,34 @@ def _setup(verbose: bool):
 
 def _import_jax():
     """The first import of jax; Ctrl-C waits for its end, since jaxlib crashes when it is cut short."""
-    if threading.current_thread() is not threading.main_thread():
-        return importlib.import_module("jax")
     held: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: held.append(number))
+    with _on_ctrl_c(lambda number, frame: held.append(number)):
+        jax = importlib.import_module("jax")
+    if held:
+        raise KeyboardInterrupt
+    return jax
+
+
+@contextlib.contextmanager
+def _on_ctrl_c(handler: Callable) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # others cannot set handlers
+        yield
+        return
+    before = signal.signal(signal.SIGINT, handler)
     try:
-        return importlib.import_module("jax")
+        yield
     finally:
         signal.signal(signal.SIGINT, before)
-        if held:
-            raise KeyboardInterrupt
+
+
+def _interrupt(number: int, frame: FrameType | None):
+    """As Python's own handler, but inside of jax's garbage callback, where exceptions are lost, a moment later."""
+    while frame is not None:
+        if frame.f_code.co_name == "_xla_gc_callback":
+            threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
+            return
+        frame = frame.f_back
+    raise KeyboardInterrupt
 
 
 def _compilation_cache():
@@ -83,7 +102,8 @@ class _Group(click.Group):
 
     def invoke(self, ctx: click.Context):
         try:
-            return super().invoke(ctx)
+            with _on_ctrl_c(_interrupt):
+                return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit):
             raise
         except (click.Abort, KeyboardInterrupt):

@@ -301,7 +301,10 @@ def test_ctrl_c_stops_a_run_at_once(folder, tmp_path):
             if "attention:" in line:
                 break
         process.send_signal(signal.SIGINT)
-        _, rest = process.communicate(timeout=60)
+        try:
+            _, rest = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 130, "".join(lines) + rest
     assert rest.strip().endswith("jdit: interrupted; nothing half-written is left behind")
     assert not (tmp_path / "a.png").exists()
