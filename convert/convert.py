@@ -5,6 +5,7 @@ import functools
 import json
 import logging
 import math
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -121,7 +122,8 @@ def _to_jdit(source: Source, name: str, dst: Path, dtype, check: bool, overwrite
             tell = (lambda p, n=n, by=by: seen(n, by[p])) if seen else None
             wrong += stream.check(checkpoint.stored(dst, n), part.reader, part.rules, targets(part.cfg), dtype, tell)
         if wrong:
-            raise ConversionError(summary(wrong))
+            shutil.rmtree(dst)
+            raise ConversionError(f"{summary(wrong)}; {dst} was removed")
         line += "; every tensor agrees with its source"
     source.close()
     return line

@@ -51,6 +51,8 @@ class Opened:
     ) -> Pipeline:  # fmt: skip
         """Read the weights. See `load`."""
         check_dtype(dtype)
+        if rules is not None and mesh is None:
+            raise ValueError("rules says where axes go on a mesh: give mesh as well (jdit.make_mesh)")
         placed = {n: registry.placed(c, dtype, rules or Rules()) for n, c in self.parts.configs.items()}
         parts = dataclasses.replace(self.parts, configs=placed)
         makes = {n: registry.of_config(c).make(c) for n, c in placed.items()}

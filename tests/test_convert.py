@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 import util_toy as toy
 
+import jdit
+from convert import stream
 from convert.convert import convert
 from convert.inspect import inspect
 from convert.readers import open_folder
 from convert.registry import of_config
+from convert.table import ConversionError
 from convert.write import write_back
 from jdit.nn.mmdit import MMDiTConfig
 from jdit.sharding import dotted
@@ -81,3 +84,15 @@ def test_a_damaged_jdit_checkpoint_is_named_and_not_written_back(whole, tmp_path
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
     problems = "; ".join(inspect(tmp_path / "x")["problems"])
     assert str(array) in problems and message in problems
+
+
+def test_a_check_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(stream, "check", lambda *a, **k: ["a.safetensors: w: 1 of 4 values differ in w"])
+    with pytest.raises(ConversionError, match=r"1 of 4 values differ in w; .*there was removed"):
+        convert("fluent-image", tmp_path / "there", only=["vae"], check=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_rules_without_a_mesh_are_refused():
+    with pytest.raises(ValueError, match="rules says where axes go on a mesh"):
+        jdit.load("fluent-image", rules=jdit.Rules())
