@@ -59,16 +59,109 @@ def run(*command: str | Path) -> Run:
     """Run to the end; peak resident set from the kernel's account of this one child."""
     with tempfile.TemporaryFile() as log:
         start = time.perf_counter()
-        command = [*JDIT, "convert", str(source), str(out)]
-        process = subprocess.Popen(command, env=ENV, cwd=ROOT, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(list(map(str, command)), stdout=log, stderr=log, env=ENV, cwd=ROOT)
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - start
+        process.returncode = os.waitstatus_to_exitcode(status)
+        log.seek(0)
+        processor = usage.ru_utime + usage.ru_stime
+        return Run(seconds, processor, usage.ru_maxrss * 1024, process.returncode, log.read().decode().strip())
+
+
+def must(*command: str | Path) -> Run:
+    done = run(*command)
+    if done.code:
+        raise SystemExit(f"{' '.join(map(str, command))}: exit code {done.code}\n{done.said}")
+    return done
+
+
+def made(folder: Path, scale: str) -> Path:
+    if not folder.exists():
+        must(*TOOL, "generate", folder, "--scale", scale)
+    return folder
+
+
+def size(folder: Path) -> int:
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+
+
+def remove(path: Path) -> None:
+    if path.exists():
+        shutil.rmtree(path)
+
+
+def cold(source: Path) -> None:
+    """Nothing left to write on the machine, and the source's pages given up."""
+    os.sync()
+    for path in source.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as f:
+                os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+# --- the parts
+
+
+def speed(scratch: Path, scale: str, rounds: int) -> dict:
+    source, copy, out, back = made(scratch / "source", scale), *(scratch / n for n in ("copy", "jdit", "back"))
+    if (free := shutil.disk_usage(scratch).free) < 2.1 * size(source):
+        raise SystemExit(f"{scratch}: {free / 1e9:.0f} GB free, two more checkpoints must fit")
+    copy_command = 'cp -r "$0" "$1" && find "$1" -exec sync {} +'
+    takes: dict[str, list[Run]] = {"copy": [], "convert": []}
+    for _ in range(rounds):
+        for name, target, command in (
+            ("copy", copy, ["sh", "-c", copy_command, source, copy]),
+            ("convert", out, [*JDIT, "convert", source, out]),
+        ):
+            cold(source)
+            takes[name].append(must(*command))
+            tell(name, takes[name][-1])
+            remove(target)
+    cold(source)
+    takes["convert --check"] = [must(*JDIT, "convert", source, out, "--check")]
+    cold(out)
+    takes["convert --to diffusers"] = [must(*JDIT, "convert", out, back, "--to", "diffusers")]
+    for name in ("convert --check", "convert --to diffusers"):
+        tell(name, takes[name][0])
+    must(*TOOL, "compare", source, back)
+    result = {"bytes": size(source), "rows": {n: rows(runs) for n, runs in takes.items()}}
+    for path in (source, out, back):
+        remove(path)
+    return result
+
+
+def rows(runs: list[Run]) -> dict:
+    return {
+        "seconds": [round(r.seconds, 1) for r in runs],
+        "median": round(statistics.median(r.seconds for r in runs), 1),
+        "processor": round(statistics.median(r.processor for r in runs), 1),
+        "peak_gib": round(max(r.peak for r in runs) / 2**30, 2),
+    }
+
+
+def kills(scratch: Path, scale: str, times: int) -> dict:
+    """SIGKILL in each tenth of the run, at a random moment of it, in random order."""
+    source, out = made(scratch / "small", scale), scratch / "kills" / "out"
+    out.parent.mkdir(exist_ok=True)
+    lengths = []
+    for _ in range(2):  # the first warms the page cache
+        lengths.append(must(*JDIT, "convert", source, out).seconds)
+        remove(out)
+    rng = random.Random(0)
+    moments = [min(lengths) * (i + rng.random()) / times for i in range(times)]
+    rng.shuffle(moments)
+    events = []
+    while moments:
+        process = subprocess.Popen(
+            [*JDIT, "convert", str(source), str(out)], env=ENV, cwd=ROOT, stderr=subprocess.DEVNULL
+        )
         time.sleep(moment := moments.pop())
         process.send_signal(signal.SIGKILL)
         process.wait()
-        if out.exists():  # faster than those that were timed: the folder has its name already, so it must be whole
-            must(*JDIT, "convert", out, back, "--to", "diffusers")
-            must(*TOOL, "compare", source, back)
+        if out.exists():  # the signal came after the renaming: then it must be whole, and an earlier moment is taken
+            assert os.listdir(out.parent) == ["out"], os.listdir(out.parent)
+            must(*JDIT, "inspect", out)
             remove(out)
-            remove(back)
             moments.append(moment * 0.9)
             continue
         partial = list(out.parent.iterdir())
