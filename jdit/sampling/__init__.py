@@ -2,7 +2,7 @@
 
 from jdit.sampling.config import dynamic_mu, from_config, start_index, with_solver
 from jdit.sampling.guidance import active_steps, classifier_free, skip_layer, two_passes
-from jdit.sampling.scan import Progress, State, add_noise, denoised, init, iterate, run, solve, step
+from jdit.sampling.scan import Progress, State, Stateful, add_noise, denoised, init, iterate, run, solve, step
 from jdit.sampling.solvers import euler, unipc
 from jdit.sampling.table import Grid, Table, part, row, split
 
@@ -10,6 +10,7 @@ __all__ = [
     "Grid",
     "Progress",
     "State",
+    "Stateful",
     "Table",
     "active_steps",
     "add_noise",

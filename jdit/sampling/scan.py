@@ -11,6 +11,14 @@ from jaxtyping import Array, Float
 from jdit.sampling import table as tables
 from jdit.sampling.table import Table
 
+
+class Stateful(NamedTuple):
+    """A model that remembers something from step to step (momentum, a cache): the loop carries it."""
+
+    init: Callable[[Array], Any]  # x -> what is carried into the first step, a pytree of arrays
+    call: Callable[..., tuple[Any, Any]]  # (carry, x, t, *row) -> (raw prediction, carry)
+
+
 Model = Callable[..., Array]  # (x, t) or (x, t, row of per_step) -> raw prediction, of x's shape
 OnStep = Callable[[int, int], Any]  # (index of the finished step from 0, number of steps)
 
@@ -21,6 +29,7 @@ class State(NamedTuple):
     x: Float[Array, "*S"]
     x_last: Float[Array, "*S"] | None  # the corrected sample of the previous step; None where there is no corrector
     history: tuple[Float[Array, "*S"], ...]  # past predictions, newest first
+    carry: Any = None  # what a Stateful model carries; None until it has begun, and for other models
 
 
 class Progress(NamedTuple):
@@ -73,7 +82,7 @@ def step(state: State, row: Table, out: Float[Array, "*S"], noise: Float[Array, 
     following = row.pred_x * x + _mix(row.pred_m, past[: row.pred_m.shape[-1]])
     if row.noise is not None and noise is not None:
         following = following + row.noise * noise.astype(dtype)
-    return State(following, None if row.corrector is None else x, past[: len(state.history)])
+    return State(following, None if row.corrector is None else x, past[: len(state.history)], state.carry)
 
 
 def draw(key: Array, index, x: Float[Array, "*S"]) -> Float[Array, "*S"]:
@@ -88,8 +97,23 @@ def draw(key: Array, index, x: Float[Array, "*S"]) -> Float[Array, "*S"]:
     return jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, index), x.shape[1:], x.dtype))(key)
 
 
-def _output(model: Model, state: State, row: Table, extra) -> Array:
-    return model(state.x, row.timestep) if extra is None else model(state.x, row.timestep, extra)
+def begin(model: Any, x: Float[Array, "*S"]) -> Any:
+    """What a model carries into its first step; None if it is not Stateful."""
+    return model.init(x) if isinstance(model, Stateful) else None
+
+
+def call(model: Any, carry: Any, *args) -> tuple[Any, Any]:
+    """(output, carry) of any model, Stateful or a plain function."""
+    return model.call(carry, *args) if isinstance(model, Stateful) else (model(*args), carry)
+
+
+def _begun(model: Model | Stateful, state: State) -> State:
+    return state if state.carry is not None else state._replace(carry=begin(model, state.x))
+
+
+def _output(model: Model | Stateful, state: State, row: Table, extra) -> tuple[Array, State]:
+    out, carry = call(model, state.carry, state.x, row.timestep, *(() if extra is None else (extra,)))
+    return out, state._replace(carry=carry)
 
 
 def _noise(key: Array | None, state: State, row: Table) -> Array | None:
@@ -97,7 +121,7 @@ def _noise(key: Array | None, state: State, row: Table) -> Array | None:
 
 
 def run(
-    model: Model,
+    model: Model | Stateful,
     state: State,
     table: Table,
     *,
@@ -109,13 +133,15 @@ def run(
     """Run the rows of a table from a state: `solve` without its beginning and its end.
 
     With it a table is run in parts, by one network after another (`split`). `total` is the number of steps that
-    on_step is told, those of this table by default.
+    on_step is told, those of this table by default. What a Stateful model carries goes on in the next part, if its
+    model is Stateful too.
     """
-    total = table.steps if total is None else total
+    total, state = table.steps if total is None else total, _begun(model, state)
 
     def body(state: State, xs) -> tuple[State, None]:
         row, extra = xs
-        state = step(state, row, _output(model, state, row, extra), _noise(key, state, row))
+        out, state = _output(model, state, row, extra)
+        state = step(state, row, out, _noise(key, state, row))
         if on_step is not None:
             # the pixel ties the call to the end of the step; without it XLA may call before the network has run
             pixel = state.x[(0,) * state.x.ndim]
@@ -126,7 +152,7 @@ def run(
 
 
 def solve(
-    model: Model,
+    model: Model | Stateful,
     x: Float[Array, "*S"],
     table: Table,
     *,
@@ -138,7 +164,7 @@ def solve(
 
     Args:
         model: (x, t) -> raw prediction of x's shape at timestep t, a float32 scalar; x is float32 (float64 if the
-            sample is). With `per_step` its row of this step is a third argument.
+            sample is). With `per_step` its row of this step is a third argument. Or a Stateful.
         x: the initial noise, or a noised sample (`add_noise`), of any shape.
         table: from `from_config`; may be an argument of the surrounding jit, so that other sigmas do not recompile.
         key: for stochastic solvers, one key or one for each sample; None adds no noise.
@@ -160,19 +186,20 @@ _host_step = jax.jit(lambda state, row, out, noise: (step(state, row, out, noise
 
 
 def iterate(
-    model: Model, x: Float[Array, "*S"], table: Table, *, key: Array | None = None, per_step: Any = None
+    model: Model | Stateful, x: Float[Array, "*S"], table: Table, *, key: Array | None = None, per_step: Any = None
 ) -> Iterator[Progress]:
     """The same run as a loop on the host: yields after every step, with a preview; to stop, stop iterating.
 
-    `model` should be compiled by its owner; only the solver's step is compiled here.
+    `model` (the `call` of a Stateful) should be compiled by its owner; only the solver's step is compiled here.
     """
     _check_rows(table, per_step)
-    state, dtype = init(x, table), x.dtype
+    state, dtype = _begun(model, init(x, table)), x.dtype
     cast = _cast(table, state.x.dtype)
     for i in range(table.steps):
         weights = tables.row(cast, i)
         extra = None if per_step is None else jax.tree.map(lambda a, i=i: a[i], per_step)
-        state, x0 = _host_step(state, weights, _output(model, state, weights, extra), _noise(key, state, weights))
+        out, state = _output(model, state, weights, extra)
+        state, x0 = _host_step(state, weights, out, _noise(key, state, weights))
         yield Progress(i, table.steps, state.x.astype(dtype), x0.astype(dtype))
 
 
