@@ -57,6 +57,16 @@ def patch_conv(p: int, channels: int) -> Op:
     )
 
 
+def patch_conv3d(patch: tuple[int, int, int], channels: int) -> Op:
+    """`patch_conv` over frames, rows and columns: O C p q r <-> (p q r C) O."""
+    p, q, r = patch
+    return Op(
+        f"patch_conv3d{patch}",
+        lambda w: w.reshape(w.shape[0], channels, p, q, r).transpose(2, 3, 4, 1, 0).reshape(p * q * r * channels, -1),
+        lambda w: w.reshape(p, q, r, channels, -1).transpose(4, 3, 0, 1, 2),
+    )
+
+
 def reshape(to: tuple[int, ...], back: tuple[int, ...]) -> Op:
     """Fixed reshapes, -1 allowed once on each side."""
     return Op(f"reshape{to}", lambda w: w.reshape(to), lambda w: w.reshape(back))

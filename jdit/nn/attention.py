@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jdit.sharding import Rules, shard
+
 log = logging.getLogger("jdit")
 
 CHUNK = 1024
@@ -123,6 +125,20 @@ def attention(
         _log_choice(name, q.shape, k.shape, str(q.dtype))
         return out[..., :head_dim]
     raise NotImplementedError(f"no attention backend takes queries {q.shape} {q.dtype}: " + "; ".join(reasons))
+
+
+def attend(
+    q: Float[Array, "B N H K"],
+    k: Float[Array, "B S H K"],
+    v: Float[Array, "B S H K"],
+    *,
+    rules: Rules,
+    kv_lengths: Lengths = None,
+    key_counts: Float[Array, "S"] | None = None,
+) -> Float[Array, "B N D"]:
+    """`attention` with whole sequences and the heads spread (Ulysses); the heads come back side by side."""
+    q, k, v = (shard(a, "batch", None, "attn", None, rules=rules) for a in (q, k, v))
+    return attention(q, k, v, kv_lengths=kv_lengths, key_counts=key_counts).reshape(*q.shape[:2], -1)
 
 
 def _count_keys(q, k, v, counts):

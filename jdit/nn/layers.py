@@ -53,6 +53,26 @@ def modulate(x: Float[Array, "B N D"], shift: Float[Array, "B D"], scale: Float[
     return (layer_norm(x) * (1 + scale[:, None]) + shift[:, None]).astype(x.dtype)
 
 
+def spread(rows: Float[Array, "B M D"], n: int) -> Float[Array, "B N D"]:
+    """Modulation of n tokens: each of the M rows serves n/M consecutive ones. One row stays one and broadcasts.
+
+    Raises:
+        ValueError: n is no multiple of M.
+    """
+    m = rows.shape[1]
+    if n % m:
+        raise ValueError(f"{m} rows of modulation for {n} tokens: the rows must be 1 or divide the tokens")
+    return rows if m == 1 else jnp.repeat(rows, n // m, axis=1)
+
+
+def modulate_rows(
+    x: Float[Array, "B N D"], shift: Float[Array, "B M D"], scale: Float[Array, "B M D"], eps: float = 1e-6
+) -> Float[Array, "B N D"]:
+    """`modulate` with M rows a sample (`spread`), where time differs between tokens."""
+    shift, scale = (spread(a, x.shape[1]) for a in (shift, scale))
+    return (layer_norm(x, eps) * (1 + scale) + shift).astype(x.dtype)
+
+
 class LayerNorm(nnx.Module):
     """Affine layer norm, statistics in float32."""
 
@@ -78,12 +98,12 @@ class RMSNorm(nnx.Module):
 
 
 class Mlp(nnx.Module):
-    """Dense, activation, dense. `act` maps an array to an array of the same shape."""
+    """Dense, activation, dense. `act` maps an array to one of the same shape; `d_out` None is the input's width."""
 
-    def __init__(self, d: int, f: int, act: Callable, *, dtype, rngs: nnx.Rngs):
+    def __init__(self, d: int, f: int, act: Callable, *, d_out: int | None = None, dtype, rngs: nnx.Rngs):
         self.act = act
         self.up = linear(d, f, ("embed", "mlp"), dtype=dtype, rngs=rngs)
-        self.down = linear(f, d, ("mlp", "embed"), dtype=dtype, rngs=rngs)
+        self.down = linear(f, d_out or d, ("mlp", "embed"), dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         return self.down(self.act(self.up(x)))
@@ -112,17 +132,26 @@ def gelu_tanh(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return nnx.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
 
 
+def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """GELU by the error function, in float32 inside."""
+    return nnx.gelu(x.astype(jnp.float32), approximate=False).astype(x.dtype)
+
+
 def silu(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """x sigmoid(x), in float32 inside."""
     return nnx.silu(x.astype(jnp.float32)).astype(x.dtype)
 
 
 def timestep_embedding(t: Float[Array, "*S"], dim: int, max_period: float = 10000.0) -> Float[Array, "*S dim"]:
-    """Sinusoidal features [cos, sin] of timesteps (arXiv 1706.03762; the order that SD3 and its kin use), float32."""
+    """Sinusoidal features [cos, sin] of timesteps (arXiv 1706.03762; the order that SD3 and its kin use), float32.
+
+    An odd `dim` ends in a zero.
+    """
     # host constants, rounded as torch rounds them: at t = 1000 one ulp of a frequency moves the cosine by 1e-4
     exponents = np.float32(-np.log(max_period)) * np.arange(dim // 2, dtype=np.float32) / np.float32(dim // 2)
     angles = t.astype(jnp.float32)[..., None] * np.exp(exponents.astype(np.float64)).astype(np.float32)
-    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1)
+    odd = [jnp.zeros_like(angles[..., :1])] * (dim % 2)
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles), *odd], -1)
 
 
 def stack(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs):

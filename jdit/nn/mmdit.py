@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from jdit.nn import layers
-from jdit.nn.attention import attention
+from jdit.nn.attention import attend
 from jdit.nn.patch import crop_centre, patchify, sincos_2d, unpatchify
 from jdit.sharding import Rules, shard
 
@@ -140,12 +140,13 @@ class JointBlock(nnx.Module):
                 context[0] = context[0][:, :0]
             # norms carry the joining of q and k along, v comes as it is
             joins = (_join if cfg.qk_norm is None else _concatenate,) * 2 + (_join,)
-            joint = _attend(cfg, *(join(*pair) for join, *pair in zip(joins, image, context)), key_counts=key_counts)
+            pairs = (join(*pair) for join, *pair in zip(joins, image, context))
+            joint = attend(*pairs, rules=cfg.rules, key_counts=key_counts)
         before = x
         x = _add(x, self.image.attn.merge(joint[:, :n]), mx[2])
         if self.attn2 is not None:
             with jax.named_scope("dual_attention"):
-                second = _attend(cfg, *self.attn2.project(layers.modulate(before, mx[6], mx[7])))
+                second = attend(*self.attn2.project(layers.modulate(before, mx[6], mx[7])), rules=cfg.rules)
                 x = _add(x, self.attn2.merge(second), mx[8])
         with jax.named_scope("mlp"):
             x = self.image.feed_forward(x, *mx[3:6])
@@ -169,11 +170,6 @@ def _join(image, context):
 
 def _add(x, update, gate):
     return (x + gate[:, None] * update).astype(x.dtype)
-
-
-def _attend(cfg: MMDiTConfig, q, k, v, key_counts=None):
-    q, k, v = (shard(a, "batch", None, "attn", None, rules=cfg.rules) for a in (q, k, v))
-    return attention(q, k, v, key_counts=key_counts).reshape(*q.shape[:2], -1)
 
 
 class MMDiT(nnx.Module):

@@ -1,4 +1,9 @@
-"""Patches in and out, and fixed 2D position tables. p patch size, h w patches a column and a row, C channels."""
+"""Patches in and out, and fixed 2D position tables. p patch size, h w patches a column and a row, C channels.
+
+In 3D: T Y X latent frames, rows, columns; t y x patches along each.
+"""
+
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +19,29 @@ def patchify(x: Float[Array, "B H W C"], p: int) -> Float[Array, "B N P"]:
 def unpatchify(x: Float[Array, "B N P"], p: int, h: int) -> Float[Array, "B H W C"]:
     """The inverse of `patchify` for a grid of h rows of patches."""
     return rearrange(x, "b (h w) (p q c) -> b (h p) (w q) c", p=p, q=p, h=h)
+
+
+def patch_grid(sizes: Sequence[int], patch: Sequence[int]) -> tuple[int, ...]:
+    """Patches along each axis.
+
+    Raises:
+        ValueError: a size that is no multiple of its patch.
+    """
+    if len(sizes) != len(patch) or any(n % p for n, p in zip(sizes, patch)):
+        raise ValueError(f"latents of {tuple(sizes)} do not divide into patches of {tuple(patch)}")
+    return tuple(n // p for n, p in zip(sizes, patch))
+
+
+def patchify_3d(x: Float[Array, "B T Y X C"], patch: Sequence[int]) -> Float[Array, "B N P"]:
+    """Non-overlapping patches in raster order; within a patch (frame, row, column, channel)."""
+    p, q, r = patch
+    return rearrange(x, "b (t p) (y q) (x r) c -> b (t y x) (p q r c)", p=p, q=q, r=r)
+
+
+def unpatchify_3d(x: Float[Array, "B N P"], patch: Sequence[int], grid: Sequence[int]) -> Float[Array, "B T Y X C"]:
+    """The inverse of `patchify_3d` for a grid of t, y, x patches."""
+    (p, q, r), (t, y, _) = patch, grid
+    return rearrange(x, "b (t y x) (p q r c) -> b (t p) (y q) (x r) c", p=p, q=q, r=r, t=t, y=y)
 
 
 def sincos_2d(dim: int, size: int, base: int) -> Float[Array, "size size dim"]:

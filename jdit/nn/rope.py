@@ -45,6 +45,28 @@ def grid_positions(*sizes: int) -> list[Float[np.ndarray, "N"]]:
     return [axis.reshape(-1) for axis in np.meshgrid(*(np.arange(n) for n in sizes), indexing="ij")]
 
 
+def grid_rope(axes: Sequence[Float[np.ndarray, "n"]], dims: Sequence[int], theta: float = 10000.0) -> Rope:
+    """`rope_table` of a grid's cells in raster order, given the positions along each axis (frames, rows, columns).
+
+    Only the lines along the axes are host tables: JAX spreads them, so that no constant of the grid's size gets into
+    the compiled program.
+
+    Raises:
+        ValueError: an odd dim, or another number of axes.
+    """
+    if len(axes) != len(dims):
+        raise ValueError(f"dims {tuple(dims)} must be one for each of the {len(axes)} axes")
+    sizes, rank = tuple(len(a) for a in axes), len(axes)
+    lines = [rope_table([a], [d], theta) for a, d in zip(axes, dims)]
+
+    def cells(name: str) -> Float[Array, "N K/2"]:
+        at = lambda i, line: line.reshape(*(1,) * i, sizes[i], *(1,) * (rank - 1 - i), -1)
+        whole = [jnp.broadcast_to(a := at(i, getattr(x, name)), (*sizes, a.shape[-1])) for i, x in enumerate(lines)]
+        return jnp.concatenate(whole, -1).reshape(-1, sum(dims) // 2)
+
+    return Rope(cells("cos"), cells("sin"))
+
+
 def apply_rope(x: Float[Array, "B N H K"], rope: Rope, layout: Layout = "pairs") -> Float[Array, "B N H K"]:
     """Rotate queries or keys.
 
