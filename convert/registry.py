@@ -21,6 +21,10 @@ def _clip(name: str) -> Component:
     return Component(name, CLIPText, lambda c: clip.config(c, architecture=name), clip.upstream_config, clip.rules)
 
 
+def _t5(name: str) -> Component:
+    return Component(name, T5, lambda c: t5.config(c, architecture=name), t5.upstream_config, t5.rules)
+
+
 COMPONENTS: dict[str, Component] = {
     c.upstream_class: c
     for c in (
@@ -28,14 +32,15 @@ COMPONENTS: dict[str, Component] = {
         Component("AutoencoderKL", AutoencoderKL, kl.config, kl.upstream_config, kl.rules),
         _clip("CLIPTextModelWithProjection"),
         _clip("CLIPTextModel"),
-        Component("T5EncoderModel", T5, t5.config, t5.upstream_config, t5.rules),
+        _t5("T5EncoderModel"),
+        _t5("UMT5EncoderModel"),
     )
 }  # fmt: skip
 """Upstream class -> component."""
 
 LIBRARY = {
     "SD3Transformer2DModel": "diffusers", "AutoencoderKL": "diffusers", "CLIPTextModelWithProjection": "transformers",
-    "CLIPTextModel": "transformers", "T5EncoderModel": "transformers",
+    "CLIPTextModel": "transformers", "T5EncoderModel": "transformers", "UMT5EncoderModel": "transformers",
 }  # fmt: skip
 
 

@@ -45,7 +45,7 @@ def clip_config(shapes: Shapes, *, act: str) -> CLIPTextConfig:
 
 
 def t5_config(shapes: Shapes) -> T5Config:
-    """T5 v1.1 encoder by its keys below `text_encoders.t5xxl.transformer.`.
+    """T5 v1.1 or UMT5 encoder by its keys below `text_encoders.t5xxl.transformer.`.
 
     Raises:
         ConversionError: a tensor that the architecture is read from is missing.
@@ -59,6 +59,27 @@ def t5_config(shapes: Shapes) -> T5Config:
     return T5Config(
         vocab_size=vocab, width=width, kv=inner // heads, heads=heads, mlp=mlp,
         layers=_layers(shapes, "encoder.block.{i}"), buckets=buckets,
+        shared_bias="encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight" not in shapes,
+    )  # fmt: skip
+
+
+def umt5_config(shapes: Shapes) -> T5Config:
+    """UMT5 encoder by the keys of a file of its own, in Wan's naming or in transformers'.
+
+    Raises:
+        ConversionError: a tensor that the architecture is read from is missing.
+    """
+    if "token_embedding.weight" not in shapes:
+        return t5_config(shapes)
+    what = "Wan UMT5 encoder"
+    vocab, width = _need(shapes, "token_embedding.weight", what)
+    shared = "pos_embedding.embedding.weight" in shapes
+    table = "pos_embedding.embedding.weight" if shared else "blocks.0.pos_embedding.embedding.weight"
+    buckets, heads = _need(shapes, table, what)
+    return T5Config(
+        vocab_size=vocab, width=width, kv=_need(shapes, "blocks.0.attn.q.weight", what)[0] // heads, heads=heads,
+        mlp=_need(shapes, "blocks.0.ffn.fc1.weight", what)[0], layers=_layers(shapes, "blocks.{i}"),
+        buckets=buckets, shared_bias=shared,
     )  # fmt: skip
 
 

@@ -1,4 +1,5 @@
-"""T5 and UMT5 encoders: transformers' layout and the copies inside single-file releases.
+"""T5 and UMT5 encoders: transformers' layout, the copies inside single-file releases, and Wan's own naming of UMT5
+(models_t5_umt5-xxl-enc-bf16.pth).
 
 fp8 files need nothing here: the reader multiplies `scale_weight` in and drops the `scaled_fp8` marker.
 """
@@ -19,21 +20,34 @@ DEFAULTS = {
 
 BUCKETS = "relative_attention_num_buckets"
 DISTANCE = "relative_attention_max_distance"
+ALIASES = {"d_model": "hidden_size", "num_heads": "num_attention_heads", "num_layers": "num_hidden_layers",
+           "d_kv": "head_dim"}  # fmt: skip
+"""Second names of keys (transformers' attribute_map)."""
+UMT5 = "UMT5EncoderModel"
 
 
-def config(upstream: Mapping, *, dtype: str = "float32", rules: Rules = Rules()) -> T5Config:
+def config(
+    upstream: Mapping, *, architecture: str | None = None, dtype: str = "float32", rules: Rules = Rules()
+) -> T5Config:
     """Read a config.json; absent keys take the defaults of transformers' T5Config or UMT5Config.
 
+    Args:
+        architecture: upstream class, where model_index.json names it; it tells T5 from UMT5 if the config does not.
+
     Raises:
-        ValueError: another model type, or an activation that is not known.
+        ValueError: another model type, a decoder, or an activation that is not known.
     """
-    kind = upstream.get("model_type", "t5")
+    name = architecture or (upstream.get("architectures") or [""])[0]
+    kind = upstream.get("model_type") or ("umt5" if name.startswith("UMT5") else "t5")
     if kind not in DEFAULTS:
         raise ValueError(f"model_type {kind!r}; T5 encoders are {list(DEFAULTS)}")
+    if upstream.get("is_decoder"):
+        raise ValueError("is_decoder=True is not supported: only encoders (False) are")
     defaults: dict[str, Any] = DEFAULTS[kind]
-    get = lambda key, default=None: upstream.get(key, defaults.get(key, default))
+    get = lambda key, default=None: upstream.get(key, upstream.get(ALIASES.get(key), defaults.get(key, default)))
     proj: str = get("feed_forward_proj")
     exceptions = {"gated-gelu": "gelu_new", "gated-gelu_python": "gelu"}  # gated-gelu means the tanh form
+    act = exceptions.get(proj) or proj.removeprefix("gated-")
     return T5Config(
         vocab_size=get("vocab_size"),
         width=get("d_model", 512),
@@ -44,8 +58,8 @@ def config(upstream: Mapping, *, dtype: str = "float32", rules: Rules = Rules())
         buckets=get(BUCKETS, 32),
         max_distance=get(DISTANCE, 128),
         eps=get("layer_norm_epsilon", 1e-6),
-        gated=proj.startswith("gated-"),
-        act=exceptions.get(proj) or proj.removeprefix("gated-"),
+        gated=get("is_gated_act", proj.startswith("gated-")),
+        act=get("dense_act_fn", act),
         shared_bias=kind == "t5",
         dtype=dtype,
         rules=rules,
@@ -57,7 +71,7 @@ def upstream_config(cfg: T5Config) -> dict:
     proj = f"gated-{cfg.act}" if cfg.gated else cfg.act
     proj = {"gated-gelu_new": "gated-gelu", "gated-gelu": "gated-gelu_python"}.get(proj, proj)
     return {
-        "architectures": ["T5EncoderModel" if cfg.shared_bias else "UMT5EncoderModel"],
+        "architectures": ["T5EncoderModel" if cfg.shared_bias else UMT5],
         "model_type": "t5" if cfg.shared_bias else "umt5",
         "vocab_size": cfg.vocab_size,
         "d_model": cfg.width,
@@ -108,3 +122,24 @@ def original_rules(cfg: T5Config, prefix: str = "") -> list[Rule]:
     outer = prefix.removesuffix("transformer.")
     extra = [Rule(name, None) for name in sorted({f"{prefix}spiece_model", f"{outer}spiece_model"})]
     return [*rules(cfg, prefix), Rule(f"{outer}logit_scale", None), *extra]
+
+
+def umt5_rules(cfg: T5Config, prefix: str = "") -> list[Rule]:
+    """Rules of a UMT5 file in either naming; Wan's is written back."""
+    layers, block = range(cfg.layers), prefix + "blocks.{i}."
+    bias = "pos_embedding.embedding.weight"
+    out = [
+        Rule(f"{prefix}token_embedding.weight", "tokens.embedding"),
+        Rule(f"{prefix}norm.weight", "norm.scale"),
+        Rule(prefix + bias, "bias.table") if cfg.shared_bias
+        else Rule(block + bias, "blocks.bias.table", layers=layers),
+        Rule(f"{block}attn.o.weight", "blocks.out.kernel", ops.linear, layers=layers),
+        Rule(f"{block}norm1.weight", "blocks.norm1.scale", layers=layers),
+        Rule(f"{block}ffn.fc2.weight", "blocks.down.kernel", ops.linear, layers=layers),
+        Rule(f"{block}norm2.weight", "blocks.norm2.scale", layers=layers),
+    ]  # fmt: skip
+    for n, name in enumerate("qkv"):
+        out.append(Rule(f"{block}attn.{name}.weight", "blocks.qkv.kernel", ops.linear, (ALL, n), layers))
+    for n, name in enumerate(("gate.0", "fc1")):
+        out.append(Rule(f"{block}ffn.{name}.weight", "blocks.up.kernel", ops.linear, (ALL, n), layers))
+    return out + [r._replace(alias=True) if r.target else r for r in original_rules(cfg, prefix)]

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 
 transformers = pytest.importorskip("transformers")
 
 from util_tokenizers import EOS, clip_folder, t5_folder  # noqa: E402
 
 from convert import tokenizers as convert  # noqa: E402
+from jdit.nn.text.clean import clean  # noqa: E402
 
 pytestmark = pytest.mark.torch
 
@@ -87,6 +89,50 @@ def test_t5_from_sentencepiece_only(tmp_path):
     (folder / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 512}))
     (folder / "special_tokens_map.json").unlink()
     check(folder, transformers.T5TokenizerFast)
+
+
+WAN_PROMPTS = [
+    *NASTY, "双人舞在海边，夕阳下奔跑的猫。镜头缓缓推进，电影质感，8K。", "猫" * 700,
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止",
+    "Two anthropomorphic cats in comfy boxing gear fight intensely on a spotlighted stage.",
+    "日本語とEnglishの混在 한국어",
+]  # fmt: skip
+
+
+@needs_real
+@pytest.mark.parametrize("form", ["tokenizer.json", "spiece.model"])
+def test_umt5(tmp_path, form):
+    """Cleaned prompts, as the Wan pipelines tokenise them: ids, padding to 512, cutting, attention mask."""
+    left_out = {"tokenizer.json", "spiece.model"} - {form}
+    folder = copied(real("wan/umt5-xxl"), tmp_path / "umt5", *left_out)
+    ours, theirs = convert.load(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    assert (ours.max_length, ours.pad_id, ours.eos_id) == (None, 0, 1)
+    assert ours.vocab_size == len(theirs) == 256300
+    # transformers 5 numbers unknown characters 2 (T5's <unk>, here <s>), and drops blanks beside special tokens and a
+    # lone "▁"; the published tokenizer.json, and with it every older release, is what Wan was trained with
+    unlike = ("\ud7ff", "</s>", "▁ ")
+    prompts = [p for p in map(clean, WAN_PROMPTS) if not any(u in p for u in unlike)]
+    assert len(prompts) == len(WAN_PROMPTS) - len(unlike)
+    want = theirs(prompts, padding="max_length", max_length=512, truncation=True, return_tensors="np")
+    ids, lengths = ours.encode_with_lengths(prompts, 512)
+    for prompt, a, b in zip(prompts, ids, want.input_ids):
+        assert a.tolist() == b.tolist(), prompt
+    assert lengths.tolist() == want.attention_mask.sum(1).tolist() and set(lengths) >= {1, 512}
+    assert ours.encode(["A cat, 猫 surfing."], 12).tolist() == [
+        [320, 6283, 275, 273, 14985, 273, 118001, 274, 1, 0, 0, 0]
+    ]
+
+
+@needs_real
+@pytest.mark.parametrize("form", ["tokenizer.json", "spiece.model"])
+def test_umt5_unknown_and_special_tokens_as_published(tmp_path, form):
+    left_out = {"tokenizer.json", "spiece.model"} - {form}
+    ours = convert.load(copied(real("wan/umt5-xxl"), tmp_path / "umt5", *left_out))
+    published = tokenizers.Tokenizer.from_file(str(real("wan/umt5-xxl") / "tokenizer.json"))
+    for text in ["龘𠮷 rare", "a\x00b", "\ufffd\ud7ff", "▁under ▁ x▁y", "cat</s>", "<pad> cat", "x<extra_id_299>y"]:
+        want = published.encode(text).ids
+        ids, lengths = ours.encode_with_lengths([text], 32)
+        assert ids[0, : lengths[0]].tolist() == want, text
 
 
 @needs_real

@@ -146,3 +146,8 @@ class T5(nnx.Module):
         x = shard(self.tokens(tokens), "batch", None, "width", rules=self.cfg.rules)
         bias = self.bias(tokens.shape[1]) if self.cfg.shared_bias else None
         return self.norm(scan_blocks(self.blocks, x, call=lambda block, x, _: block(x, bias, lengths)))
+
+    def padded(self, tokens: Int[Array, "B N"], lengths: Int[Array, "B"]) -> Float[Array, "B N D"]:
+        """States of each row's first `lengths` tokens, which attend to nothing else, and zeros after them (Wan)."""
+        states = self(tokens, lengths)
+        return jnp.where((jnp.arange(tokens.shape[1]) < lengths[:, None])[..., None], states, 0)

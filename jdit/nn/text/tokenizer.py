@@ -47,6 +47,16 @@ class Tokenizer:
         A text that is too long loses its tail, never its end token, and the lost part is logged as a warning.
 
         Raises:
+            ValueError: see `encode_with_lengths`.
+        """
+        return self.encode_with_lengths(texts, max_length)[0]
+
+    def encode_with_lengths(
+        self, texts: Sequence[str], max_length: int | None = None
+    ) -> tuple[Int[np.ndarray, "B N"], Int[np.ndarray, "B"]]:
+        """`encode`, and how many ids of each row are not padding (a padding token that the text itself spells counts).
+
+        Raises:
             ValueError: there is no limit, no padding token where one is needed, or a limit without room for a token.
         """
         n = self.max_length if max_length is None else max_length
@@ -55,8 +65,9 @@ class Tokenizer:
         room = n - self.backend.num_special_tokens_to_add(is_pair=False)
         if room < 1:
             raise ValueError(f"max_length={n} leaves no room for text between the special tokens")
-        rows = np.empty((len(texts), n), np.int32)
-        for row, text, body in zip(rows, texts, self.backend.encode_batch(list(texts), add_special_tokens=False)):
+        rows, lengths = np.empty((len(texts), n), np.int32), np.empty(len(texts), np.int32)
+        bodies = self.backend.encode_batch(list(texts), add_special_tokens=False)
+        for i, (row, text, body) in enumerate(zip(rows, texts, bodies)):
             if len(body.ids) > room:
                 lost = text[body.offsets[room][0] :]
                 log.warning("the prompt has %d tokens, %d fit; this was cut off: %r", len(body.ids), room, lost)
@@ -66,7 +77,8 @@ class Tokenizer:
                 raise ValueError("this tokenizer has no padding token")
             row[: len(ids)] = ids
             row[len(ids) :] = self.pad_id or 0
-        return rows
+            lengths[i] = len(ids)
+        return rows, lengths
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids without special tokens, as far as the vocabulary can give it back."""
