@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from convert import autoencoder_kl as kl
-from convert import clip, sd3, single, t5
+from convert import clip, sd3, single, t5, wan
 from convert.component import Component
 from convert.layout import Signature
 from convert.table import Rule
@@ -13,6 +13,7 @@ from jdit.nn.mmdit import MMDiT
 from jdit.nn.text.clip import CLIPText
 from jdit.nn.text.t5 import T5
 from jdit.nn.vae.autoencoder_kl import AutoencoderKL
+from jdit.nn.wan import Wan
 from jdit.sharding import Rules
 from jdit.zoo import MODULES
 
@@ -34,6 +35,7 @@ COMPONENTS: dict[str, Component] = {
         _clip("CLIPTextModel"),
         _t5("T5EncoderModel"),
         _t5("UMT5EncoderModel"),
+        Component("WanTransformer3DModel", Wan, wan.config, wan.upstream_config, wan.rules),
     )
 }  # fmt: skip
 """Upstream class -> component."""
@@ -41,6 +43,7 @@ COMPONENTS: dict[str, Component] = {
 LIBRARY = {
     "SD3Transformer2DModel": "diffusers", "AutoencoderKL": "diffusers", "CLIPTextModelWithProjection": "transformers",
     "CLIPTextModel": "transformers", "T5EncoderModel": "transformers", "UMT5EncoderModel": "transformers",
+    "WanTransformer3DModel": "diffusers",
 }  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from jdit.nn.mmdit import MMDiT, MMDiTConfig
 from jdit.nn.text.clip import CLIPText, CLIPTextConfig
 from jdit.nn.text.t5 import T5, T5Config
 from jdit.nn.vae.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from jdit.nn.wan import Wan, WanConfig
 from jdit.structs import Plan
 
 
@@ -29,6 +30,7 @@ MODULES: dict[type, type[nnx.Module]] = {
     AutoencoderKLConfig: AutoencoderKL,
     CLIPTextConfig: CLIPText,
     T5Config: T5,
+    WanConfig: Wan,
 }
 
 _FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
