@@ -6,6 +6,7 @@ import numpy as np
 
 from convert import ops
 from convert.table import ALL, Rule
+from jdit.nn.clip import CLIPTowerConfig
 from jdit.nn.text.clip import CLIPTextConfig
 from jdit.sharding import Rules
 
@@ -70,16 +71,10 @@ def upstream_config(cfg: CLIPTextConfig) -> dict:
     }
 
 
-def _tower(cfg: CLIPTextConfig, prefix: str, *, alias: bool = False) -> list[Rule]:
-    layers = range(cfg.layers)
-    layer = prefix + "encoder.layers.{i}."
-    out = [
-        Rule(f"{prefix}embeddings.token_embedding.weight", "tokens.embedding", alias=alias),
-        Rule(f"{prefix}embeddings.position_embedding.weight", "positions.embedding", alias=alias),
-        Rule(f"{prefix}embeddings.position_ids", None),
-        Rule(f"{prefix}final_layer_norm.weight", "norm.scale", alias=alias),
-        Rule(f"{prefix}final_layer_norm.bias", "norm.bias", alias=alias),
-    ]
+def layer_rules(cfg: CLIPTowerConfig, prefix: str, *, alias: bool = False) -> list[Rule]:
+    """Rules of a tower's stacked layers, for text and pictures alike."""
+    layers, layer = range(cfg.layers), prefix + "encoder.layers.{i}."
+    out: list[Rule] = []
     for n, part in enumerate("qkv"):
         name = f"{layer}self_attn.{part}_proj"
         out.append(Rule(f"{name}.weight", "blocks.qkv.kernel", ops.linear, (ALL, n), layers, alias))
@@ -91,6 +86,17 @@ def _tower(cfg: CLIPTextConfig, prefix: str, *, alias: bool = False) -> list[Rul
         out.append(Rule(f"{layer}layer_norm{n}.weight", f"blocks.norm{n}.scale", ops.same, (), layers, alias))
         out.append(Rule(f"{layer}layer_norm{n}.bias", f"blocks.norm{n}.bias", ops.same, (), layers, alias))
     return out
+
+
+def _tower(cfg: CLIPTextConfig, prefix: str, *, alias: bool = False) -> list[Rule]:
+    return [
+        Rule(f"{prefix}embeddings.token_embedding.weight", "tokens.embedding", alias=alias),
+        Rule(f"{prefix}embeddings.position_embedding.weight", "positions.embedding", alias=alias),
+        Rule(f"{prefix}embeddings.position_ids", None),
+        Rule(f"{prefix}final_layer_norm.weight", "norm.scale", alias=alias),
+        Rule(f"{prefix}final_layer_norm.bias", "norm.bias", alias=alias),
+        *layer_rules(cfg, prefix, alias=alias),
+    ]
 
 
 def rules(cfg: CLIPTextConfig) -> list[Rule]:

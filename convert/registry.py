@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from convert import autoencoder_kl as kl
-from convert import clip, sd3, single, t5, wan
+from convert import autoencoder_kl_wan as wan_vae
+from convert import clip, clip_vision, sd3, single, t5, wan
 from convert.component import Component
 from convert.layout import Signature
 from convert.table import Rule
@@ -13,6 +14,8 @@ from jdit.nn.mmdit import MMDiT
 from jdit.nn.text.clip import CLIPText
 from jdit.nn.text.t5 import T5
 from jdit.nn.vae.autoencoder_kl import AutoencoderKL
+from jdit.nn.vae.autoencoder_kl_wan import AutoencoderKLWan
+from jdit.nn.vision.clip import CLIPVision
 from jdit.nn.wan import Wan
 from jdit.sharding import Rules
 from jdit.zoo import MODULES
@@ -20,6 +23,11 @@ from jdit.zoo import MODULES
 
 def _clip(name: str) -> Component:
     return Component(name, CLIPText, lambda c: clip.config(c, architecture=name), clip.upstream_config, clip.rules)
+
+
+def _clip_vision(name: str) -> Component:
+    read = lambda c: clip_vision.config(c, architecture=name)
+    return Component(name, CLIPVision, read, clip_vision.upstream_config, clip_vision.rules)
 
 
 def _t5(name: str) -> Component:
@@ -31,8 +39,11 @@ COMPONENTS: dict[str, Component] = {
     for c in (
         Component("SD3Transformer2DModel", MMDiT, sd3.config, sd3.upstream_config, sd3.rules),
         Component("AutoencoderKL", AutoencoderKL, kl.config, kl.upstream_config, kl.rules),
+        Component("AutoencoderKLWan", AutoencoderKLWan, wan_vae.config, wan_vae.upstream_config, wan_vae.rules),
         _clip("CLIPTextModelWithProjection"),
         _clip("CLIPTextModel"),
+        _clip_vision("CLIPVisionModelWithProjection"),
+        _clip_vision("CLIPVisionModel"),
         _t5("T5EncoderModel"),
         _t5("UMT5EncoderModel"),
         Component("WanTransformer3DModel", Wan, wan.config, wan.upstream_config, wan.rules),
@@ -43,7 +54,8 @@ COMPONENTS: dict[str, Component] = {
 LIBRARY = {
     "SD3Transformer2DModel": "diffusers", "AutoencoderKL": "diffusers", "CLIPTextModelWithProjection": "transformers",
     "CLIPTextModel": "transformers", "T5EncoderModel": "transformers", "UMT5EncoderModel": "transformers",
-    "WanTransformer3DModel": "diffusers",
+    "CLIPVisionModelWithProjection": "transformers", "CLIPVisionModel": "transformers",
+    "WanTransformer3DModel": "diffusers", "AutoencoderKLWan": "diffusers",
 }  # fmt: skip
 
 
@@ -130,7 +142,8 @@ SIGNATURES: list[Signature] = [
     Signature("sd3", "vae", _VAE),
 ]
 IGNORED_PREFIXES = ("model_ema.", "model_sampling.", "cond_stage_model.", "text_encoders.clip_l.logit_scale",
-                    "text_encoders.clip_g.logit_scale", "text_encoders.t5xxl.logit_scale")  # fmt: skip
+                    "text_encoders.clip_g.logit_scale", "text_encoders.t5xxl.logit_scale", "textual.",
+                    "log_scale")  # fmt: skip
 
 
 def of_config(cfg: Any) -> Component:

@@ -4,6 +4,7 @@ What shapes cannot tell (heads of 64, activations, the scale and shift of latent
 family share.
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 
@@ -11,6 +12,7 @@ from convert.table import ConversionError
 from jdit.nn.text.clip import LEGACY_EOS, CLIPTextConfig
 from jdit.nn.text.t5 import T5Config
 from jdit.nn.vae.autoencoder_kl import AutoencoderKLConfig
+from jdit.nn.vision.clip import CLIPVisionConfig
 
 Shapes = Mapping[str, Sequence[int]]
 HEAD_DIM = 64
@@ -80,6 +82,22 @@ def umt5_config(shapes: Shapes) -> T5Config:
         vocab_size=vocab, width=width, kv=_need(shapes, "blocks.0.attn.q.weight", what)[0] // heads, heads=heads,
         mlp=_need(shapes, "blocks.0.ffn.fc1.weight", what)[0], layers=_layers(shapes, "blocks.{i}"),
         buckets=buckets, shared_bias=shared,
+    )  # fmt: skip
+
+
+def clip_vision_config(shapes: Shapes) -> CLIPVisionConfig:
+    """CLIP vision tower of Wan's release by its keys below `visual.`. Published ones have 16 heads at any width.
+
+    Raises:
+        ConversionError: a tensor that the architecture is read from is missing.
+    """
+    what = "CLIP vision encoder of Wan"
+    width, channels, patch, _ = _need(shapes, "patch_embedding.weight", what)
+    side = math.isqrt(_need(shapes, "pos_embedding", what)[1] - 1)
+    return CLIPVisionConfig(
+        width=width, mlp=_need(shapes, "transformer.0.mlp.0.weight", what)[0],
+        layers=_layers(shapes, "transformer.{i}"), image_size=side * patch, patch=patch, channels=channels,
+        projection=shapes["head"][1] if "head" in shapes else None,
     )  # fmt: skip
 
 

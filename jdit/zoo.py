@@ -10,6 +10,9 @@ from jdit.nn.mmdit import MMDiT, MMDiTConfig
 from jdit.nn.text.clip import CLIPText, CLIPTextConfig
 from jdit.nn.text.t5 import T5, T5Config
 from jdit.nn.vae.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from jdit.nn.vae.autoencoder_kl_wan import AutoencoderKLWan
+from jdit.nn.vae.autoencoder_kl_wan_config import AutoencoderKLWanConfig
+from jdit.nn.vision.clip import CLIPVision, CLIPVisionConfig
 from jdit.nn.wan import Wan, WanConfig
 from jdit.structs import Plan
 
@@ -28,8 +31,10 @@ class Variant(NamedTuple):
 MODULES: dict[type, type[nnx.Module]] = {
     MMDiTConfig: MMDiT,
     AutoencoderKLConfig: AutoencoderKL,
+    AutoencoderKLWanConfig: AutoencoderKLWan,
     CLIPTextConfig: CLIPText,
     T5Config: T5,
+    CLIPVisionConfig: CLIPVision,
     WanConfig: Wan,
 }
 
