@@ -99,12 +99,12 @@ class Downsample(nnx.Module):
 
 
 class Upsample(nnx.Module):
-    """Twice the rows and columns: each pixel repeated, then a 3x3 convolution."""
+    """Twice the rows and columns: each pixel repeated, then a 3x3 convolution to `c_out` channels (None: as many)."""
 
-    def __init__(self, c: int, *, dtype, rngs: nnx.Rngs):
-        self.conv = conv(c, c, 3, dtype=dtype, rngs=rngs)
+    def __init__(self, c: int, c_out: int | None = None, *, dtype, rngs: nnx.Rngs):
+        self.conv = conv(c, c_out or c, 3, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Pixels) -> Float[Array, "B 2*H 2*W C"]:
+    def __call__(self, x: Pixels) -> Float[Array, "B 2*H 2*W D"]:
         b, h, w, c = x.shape
         x = jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c))
         return self.conv(x.reshape(b, 2 * h, 2 * w, c))

@@ -1,23 +1,58 @@
-"""Bounded memory for image autoencoders: one picture at a time, and overlapping tiles that are blended.
+"""Bounded memory for autoencoders: one sample at a time, and overlapping tiles that are blended.
 
 B batch, H pixel rows, W pixel columns, C latent channels, h = H/f, w = W/f. The tile grid and the blending are those
 of diffusers models/autoencoders/autoencoder_kl.py (`enable_tiling`), so the numbers are the same. Tiles of one shape
 run one after another in a single compiled loop; a grid has at most nine shapes, whatever the size of the picture.
+`run_grid` and `join_grid` also take videos (B T H W C): rows and columns are the axes before the last.
 """
 
 import functools
 from collections import defaultdict
 from collections.abc import Callable
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Array, Float
 
 from jdit.nn.vae.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig, Posterior
 
 T = TypeVar("T")
+Pair = tuple[int, int]
+
+
+class Tiles(NamedTuple):
+    """Tiles of a video autoencoder in pixels, as upstream's `enable_tiling` takes them: size, and step to the next."""
+
+    height: int = 256
+    width: int = 256
+    stride_height: int = 192
+    stride_width: int = 192
+
+    @property
+    def size(self) -> Pair:
+        return self.height, self.width
+
+    @property
+    def stride(self) -> Pair:
+        return self.stride_height, self.stride_width
+
+    @property
+    def overlap(self) -> Pair:
+        return self.height - self.stride_height, self.width - self.stride_width
+
+    def over(self, factor: int) -> "Tiles":
+        """The same tiles counted in units of `factor` pixels, rounded down.
+
+        Raises:
+            ValueError: a tile or step of less than a unit.
+        """
+        out = Tiles(*(n // factor for n in self))
+        if min(out) < 1:
+            raise ValueError(f"{self}: sizes and strides are at least {factor} pixels")
+        return out
 
 
 def one_at_a_time(fn: Callable[[Float[Array, "1 ..."]], T], batch: Float[Array, "B ..."]) -> T:
@@ -43,8 +78,8 @@ def decode_tiled(
     pixels, latent, stride = _geometry(vae.cfg, tile, overlap)
     if max(z.shape[1:3]) <= latent:
         return vae.decode(z)
-    tiles = _run(vae, z, "decode", latent, stride)
-    return _join(tiles, blend=int(pixels * overlap), keep=stride * vae.cfg.factor)
+    tiles = run_grid(vae, z, "decode", _both(latent), _both(stride))
+    return join_grid(tiles, blend=_both(int(pixels * overlap)), keep=_both(stride * vae.cfg.factor))
 
 
 def encode_tiled(
@@ -61,8 +96,12 @@ def encode_tiled(
         return vae.encode(pixels)
     if bad := [n for n in pixels.shape[1:3] if 0 < n % (stride * f) < f]:
         raise ValueError(f"sizes {bad} leave a tile of less than {f} pixels: take multiples of {f}")
-    tiles = _run(vae, pixels, "moments", size, stride * f)
-    return Posterior.of(_join(tiles, blend=int(latent * overlap), keep=stride))
+    tiles = run_grid(vae, pixels, "moments", _both(size), _both(stride * f))
+    return Posterior.of(join_grid(tiles, blend=_both(int(latent * overlap)), keep=_both(stride)))
+
+
+def _both(n: int) -> Pair:
+    return n, n
 
 
 def _geometry(cfg: AutoencoderKLConfig, tile: int | None, overlap: float) -> tuple[int, int, int]:
@@ -81,48 +120,49 @@ def _geometry(cfg: AutoencoderKLConfig, tile: int | None, overlap: float) -> tup
     return pixels, latent, stride
 
 
-def _run(vae: AutoencoderKL, x: Array, method: str, size: int, stride: int) -> list[list[Array]]:
-    """The grid of tiles of x, each through the method. Tiles are cut at the lower and right border."""
-    starts = [range(0, n, stride) for n in x.shape[1:3]]
+def run_grid(vae: nnx.Module, x: Float[Array, "... H W C"], method: str, size: Pair, stride: Pair) -> list[list[Array]]:
+    """The grid of tiles of x, each through the autoencoder's method. Tiles are cut at the lower and right border."""
+    (height, width), shape = size, x.shape[-3:-1]
+    starts = [range(0, n, step) for n, step in zip(shape, stride)]
     cells = defaultdict(list)
-    for i, y in enumerate(starts[0]):
+    for i, top in enumerate(starts[0]):
         for j, left in enumerate(starts[1]):
-            cells[min(size, x.shape[1] - y), min(size, x.shape[2] - left)].append((i, j, y, left))
+            cells[min(height, shape[0] - top), min(width, shape[1] - left)].append((i, j, top, left))
     grid: list[list[Array]] = [[x] * len(starts[1]) for _ in starts[0]]
-    for shape, group in cells.items():
-        out = _equal_tiles(vae, x, np.array([c[2:] for c in group], np.int32), method=method, shape=shape)
+    for tile, group in cells.items():
+        out = _equal_tiles(vae, x, np.array([c[2:] for c in group], np.int32), method=method, shape=tile)
         for n, (i, j, *_) in enumerate(group):
             grid[i][j] = out[n]
     return grid
 
 
 @functools.partial(jax.jit, static_argnames=("method", "shape"))
-def _equal_tiles(vae: AutoencoderKL, x: Array, corners: Array, *, method: str, shape: tuple[int, int]) -> Array:
+def _equal_tiles(vae: nnx.Module, x: Array, corners: Array, *, method: str, shape: Pair) -> Array:
     def one(corner):
-        tile = jax.lax.dynamic_slice(x, (0, corner[0], corner[1], 0), (x.shape[0], *shape, x.shape[-1]))
-        return getattr(vae, method)(tile)
+        begin = (*(0 for _ in x.shape[:-3]), corner[0], corner[1], 0)
+        return getattr(vae, method)(jax.lax.dynamic_slice(x, begin, (*x.shape[:-3], *shape, x.shape[-1])))
 
     return jax.lax.map(one, corners)
 
 
-def _join(grid: list[list[Array]], *, blend: int, keep: int) -> Array:
+def join_grid(grid: list[list[Array]], *, blend: Pair, keep: Pair) -> Float[Array, "... H W C"]:
     """Blend each tile with its (already blended) upper and left neighbours, cut it to `keep`, and put all together."""
     for i, row in enumerate(grid):
         for j, tile in enumerate(row):
             if i > 0:
-                tile = _blend(grid[i - 1][j], tile, blend, axis=1)
+                tile = _blend(grid[i - 1][j], tile, blend[0], axis=tile.ndim - 3)
             if j > 0:
-                tile = _blend(row[j - 1], tile, blend, axis=2)
+                tile = _blend(row[j - 1], tile, blend[1], axis=tile.ndim - 2)
             row[j] = tile
-    return jnp.concatenate([jnp.concatenate([t[:, :keep, :keep] for t in row], 2) for row in grid], 1)
+    return jnp.concatenate([jnp.concatenate([t[..., : keep[0], : keep[1], :] for t in row], -2) for row in grid], -3)
 
 
 def _blend(a: Array, b: Array, extent: int, axis: int) -> Array:
     """b, whose first `extent` rows or columns fade over from the last ones of a."""
     extent = min(a.shape[axis], b.shape[axis], extent)
-    if extent == 0:
+    if extent <= 0:
         return b
-    weight = (jnp.arange(extent) / extent).reshape((-1, 1, 1) if axis == 1 else (-1, 1))
+    weight = (jnp.arange(extent) / extent).reshape(-1, *(1 for _ in range(axis + 1, a.ndim)))
     end = jax.lax.slice_in_dim(a, a.shape[axis] - extent, None, axis=axis)
     start = jax.lax.slice_in_dim(b, 0, extent, axis=axis)
     rest = jax.lax.slice_in_dim(b, extent, None, axis=axis)
