@@ -1,14 +1,17 @@
 """Pictures in and out of arrays (Pillow). H W pixel rows and columns; RGB, uint8."""
 
+import contextlib
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, UnidentifiedImageError
+from PIL import Image, ImageDraw
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".gif": "GIF"}
+MOVIES = {".mp4": "mp4", ".mov": "mov"}
+ANIMATIONS = (*MOVIES, ".gif", ".webp")
 Picture = np.ndarray | Image.Image | str | Path
 
 
@@ -24,7 +27,7 @@ def picture(source: Picture) -> np.ndarray:
         try:
             source = Image.open(source)
             source.load()
-        except (UnidentifiedImageError, OSError) as e:
+        except Exception as e:  # Pillow's parsers raise anything when bytes are missing
             raise ValueError(f"{getattr(source, 'filename', source)} is not a picture that Pillow reads: {e}") from None
     if isinstance(source, Image.Image):
         if source.mode in ("RGBA", "LA", "PA") or "transparency" in source.info:
@@ -52,15 +55,18 @@ def as_uint8(pixels: np.ndarray) -> np.ndarray:
     return np.round(np.clip(pixels, 0, 1) * 255).astype(np.uint8)
 
 
-def check_target(path: str | Path, formats: Sequence[str] = tuple(FORMATS)) -> Path:
-    """The path, if something can be written there.
+def check_target(path: str | Path, formats: Sequence[str] | None = None, *, num_frames: int | None = None) -> Path:
+    """The path, if something can be written there: a picture, or a video of `num_frames`, or one of `formats`.
 
     Raises:
         ValueError: an unknown suffix. OSError: the folder is missing or not writable.
     """
+    if formats is None:
+        formats = tuple({None: FORMATS, 1: MOVIES | FORMATS}.get(num_frames, ANIMATIONS))
     path = Path(path)
     if path.suffix.lower() not in formats:
-        raise ValueError(f"{path}: unknown suffix {path.suffix!r}; there are {', '.join(formats)}")
+        what = "unknown suffix" if path.suffix.lower() not in FORMATS | MOVIES or num_frames is None else "no video is"
+        raise ValueError(f"{path}: {what} {path.suffix!r}; there are {', '.join(formats)}")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path}: the folder {path.parent} does not exist")
     if path.is_dir():
@@ -76,22 +82,37 @@ def save(pixels: np.ndarray, path: str | Path, *, fps: float | None = None) -> l
         raise ValueError(f"pictures are (B, H, W, 3), not {pixels.shape}")
     path, pixels = check_target(path), as_uint8(np.asarray(pixels))
     del fps  # pictures have none
-    names = [path] if len(pixels) == 1 else [path.with_stem(f"{path.stem}-{i}") for i in range(len(pixels))]
+    names = numbered(path, len(pixels))
     for name, frame in zip(names, pixels):
         write(Image.fromarray(frame), name)
     return names
 
 
-def write(image: Image.Image, path: Path):
-    """Write beside the place and rename, so that no half file stands."""
-    handle, partial = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+def numbered(path: Path, count: int) -> list[Path]:
+    """`path` itself for one, NAME-0.png, NAME-1.png and so on for several."""
+    return [path] if count == 1 else [path.with_stem(f"{path.stem}-{i}") for i in range(count)]
+
+
+def write(image: Image.Image, path: Path, **options):
+    """Write beside the place and rename, so that no half file stands. `options` are Pillow's."""
+    suffix = path.suffix.lower()
+    options = ({} if suffix == ".png" else {"quality": 95}) | options
+    with beside(path) as partial:
+        image.save(partial, FORMATS[suffix], **options)
+
+
+@contextlib.contextmanager
+def beside(path: Path) -> Iterator[Path]:
+    """A temporary sibling of `path` that becomes `path` when the block ends, and vanishes if it raises (Ctrl-C too)."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+    os.close(handle)
+    partial = Path(name)
     try:
-        with os.fdopen(handle, "wb") as f:
-            image.save(f, FORMATS[path.suffix.lower()], **({"quality": 95} if path.suffix.lower() != ".png" else {}))
-        os.chmod(partial, 0o666 & ~_umask())
+        yield partial
+        partial.chmod(0o666 & ~_umask())
         os.replace(partial, path)
     except BaseException:
-        Path(partial).unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
         raise
 
 

@@ -63,14 +63,17 @@ class Output:
     timings: dict[str, float]
     fps: float | None = None
 
-    def save(self, path: str | Path) -> list[Path]:
-        """Write the pictures; the suffix chooses the format (png, jpg, webp, gif). Several get a number each.
+    def save(self, path: str | Path, *, fps: float | None = None) -> list[Path]:
+        """Write pictures (png, jpg, webp, gif by suffix) or videos (mp4, mov, gif, webp). Several get a number each.
+
+        Args:
+            fps: another rate than the result's own; pictures have none.
 
         Raises:
-            ValueError: an unknown suffix, or no pixels. OSError: the target cannot be written.
+            ValueError: an unknown suffix, no pixels, or a video without a rate. OSError: the target cannot be written.
         """
-        from jdit import media  # files belong to the outermost layer; only this call needs them
+        from jdit import media, video  # files belong to the outermost layer; only this call needs them
 
         if self.pixels is None:
             raise ValueError("there are no pixels to save: the call was made with output='latents'")
-        return media.save(self.pixels, path, fps=self.fps)
+        return (video if self.pixels.ndim == 5 else media).save(self.pixels, path, fps=fps or self.fps)

@@ -53,6 +53,12 @@ def test_pictures_that_are_none(tmp_path):
         media.picture(tmp_path / "a.png")
     with pytest.raises(FileNotFoundError, match="no picture at"):
         media.picture(tmp_path / "b.png")
+    (path,) = media.save(draw(), tmp_path / "a.gif")
+    whole = path.read_bytes()
+    for n in (20, len(whole) // 2, len(whole) - 9):
+        path.write_bytes(whole[:n])
+        with pytest.raises(ValueError, match=r"a\.gif is not a picture"):
+            media.picture(path)
     with pytest.raises(ValueError, match=r"uint8 array \(H, W, 3\), not float64 \(2, 2\)"):
         media.picture(np.zeros((2, 2)))
 
