@@ -273,50 +273,6 @@ def test_other_solver():
             sampling.with_solver(config, solver)
 
 
-# Guidance
-
-
-def conditional(bias):
-    return lambda x, t: model(x, t) + bias
-
-
-def test_one_batch_equals_two_passes():
-    negative, positive = noise(5), noise(6)
-    both = lambda x, t: conditional(np.concatenate([negative, positive]))(x, t)
-    table, x = sampling.from_config(UNIPC, 6), noise()
-    one = sampling.solve(sampling.classifier_free(both, 4.5), x, table)
-    two = sampling.solve(sampling.two_passes(conditional(negative), conditional(positive), 4.5), x, table)
-    assert_close(one, two, 1e-6)
-    t = jnp.float32(500)
-    u, c = np.asarray(conditional(negative)(x, t)), np.asarray(conditional(positive)(x, t))
-    np.testing.assert_allclose(sampling.classifier_free(both, 4.5)(x, t), u + 4.5 * (c - u), rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(sampling.classifier_free(both, 1.0)(x, t), c, rtol=1e-5, atol=1e-5)
-
-
-def test_skip_layer_guidance():
-    negative, positive, skipped = noise(5), noise(6), noise(7)
-    runs = []
-
-    def skipping(x, t, row):
-        jax.debug.callback(lambda t: runs.append(float(t)), t)
-        return conditional(skipped)(x, t)
-
-    both = lambda x, t, row: conditional(np.concatenate([negative, positive]))(x, t)
-    table, x = sampling.from_config(EULER, 10), noise()
-    flags = sampling.active_steps(10, 0.1, 0.5)
-    assert flags.tolist() == [1 < i < 5 for i in range(10)]  # both ends are left out
-    guided = sampling.skip_layer(both, skipping, 4.0, 2.5, lambda row: row)
-    result = sampling.solve(guided, x, table, per_step=flags)
-    jax.effects_barrier()
-    assert sorted(runs, reverse=True) == table.timestep[flags].tolist()  # elsewhere the pass is not made
-
-    def expected(x, t, row):
-        u, c = conditional(negative)(x, t), conditional(positive)(x, t)
-        return u + 4.0 * (c - u) + row * 2.5 * (c - conditional(skipped)(x, t))
-
-    assert_close(result, sampling.solve(expected, x, table, per_step=flags.astype(np.float32)), 1e-6)
-
-
 # What is refused
 
 
