@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import warnings
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -122,34 +121,32 @@ def _decode(path: Path, start: int, stop: int | None) -> tuple[list[np.ndarray],
             raise ValueError(f"{path} has no video: its streams are {', '.join(s.type for s in container.streams)}")
         stream = streams[0]
         stream.thread_type = "AUTO"
+        why = None
         try:
             for n, frame in enumerate(container.decode(stream), 1):
                 if n > start:
                     frames.append(_rgb(frame))
                 if n == stop:
                     break
-            else:
-                _check_whole(path, container.format.name, stream, n)
         except FFmpegError as e:
-            _check_whole(path, container.format.name, stream, n)
-            raise ValueError(f"{path} is damaged after frame {n}: {e.strerror}") from None
+            why = e.strerror
+        if n != stop:
+            _check_whole(path, container.format.name, stream, n, why)
         return frames, float(stream.average_rate) if stream.average_rate else None, n
 
 
-def _check_whole(path: Path, kind: str, stream: av.VideoStream, n: int):
+def _check_whole(path: Path, kind: str, stream: av.VideoStream, n: int, why: str | None):
     """A cut file just ends and decoders skip what is damaged: headers tell where it ends and with how many frames."""
     entries = list(stream.index_entries)
     if "mp4" in kind:
         end, count = max((e.pos + e.size for e in entries), default=0), sum(not e.is_discard for e in entries)
     else:
         end, count = _matroska_end(path) if "matroska" in kind else 0, 0
-    if end > path.stat().st_size:
-        there = f"{n} frames are there (stop={n} reads them)" if n else "no whole frame is there"
-        raise ValueError(f"{path} is truncated: {there}")
+    what = "truncated" if end > path.stat().st_size else "damaged" if why or n < count else None
+    if what and n:
+        raise ValueError(f"{path} is {what}: {n} of its {count or 'unknown'} frames can be read (with stop={n})")
     if not n:
-        raise ValueError(f"{path} has a video stream without a frame that can be decoded")
-    if n < count:
-        warnings.warn(f"{path} is damaged: {n} of its {count} frames can be decoded", stacklevel=4)
+        raise ValueError(f"{path} is {what or 'a video without frames'}: no frame can be read")
 
 
 def _matroska_end(path: Path) -> int:

@@ -180,7 +180,7 @@ def test_files_that_are_no_videos(tmp_path):
         (playlist, "is not a video that can be read"),
         (whole[:200], ""),
         (whole[: len(whole) // 2], "truncated"),
-        (whole[:-1], "truncated: [0-9]+ frames are there"),
+        (whole[:-1], "truncated: [0-9]+ of its 40 frames can be read"),
     ]:
         bad.write_bytes(data)
         with pytest.raises(ValueError, match=rf"bad\.mp4.*{what}"):
@@ -200,14 +200,10 @@ def test_files_that_are_no_videos(tmp_path):
         video.video(tmp_path / "none.mp4")
     with pytest.raises(ValueError, match="is a folder"):
         video.video(tmp_path)
-    for at, what in ((len(whole) * 2 // 3, "is damaged after frame [0-9]+"), (len(whole) - 99, "")):
+    for at in (len(whole) * 2 // 3, len(whole) - 99):
         bad.write_bytes(whole[:at] + bytes(99) + whole[at + 99 :])
-        if what:
-            with pytest.raises(ValueError, match=rf"bad\.mp4 {what}"):
-                video.video(bad)
-        else:  # the decoder says nothing of the last ones
-            with pytest.warns(UserWarning, match=r"bad\.mp4 is damaged: 3[0-9] of its 40 frames"):
-                assert 30 <= len(video.video(bad).frames) < 40
+        with pytest.raises(ValueError, match=r"bad\.mp4 is damaged: [0-9]+ of its 40 frames can be read"):
+            video.video(bad)
 
 
 def test_masks(tmp_path):
