@@ -194,12 +194,25 @@ def open_folder(folder: str | os.PathLike, variant: str | None = None) -> Reader
     if len(chosen) > 1:
         raise ConversionError(f"{folder}: several sets of weights, name one file: {sorted(chosen)}")
     (paths,) = chosen.values()
+    return _open_set(folder, paths)
+
+
+def open_sets(folder: str | os.PathLike) -> list[Reader]:
+    """Every set of weights in a folder, a reader each.
+
+    Raises:
+        ConversionError: a shard that is missing or does not hold its keys.
+    """
+    return [_open_set(Path(folder), paths) for paths in weight_sets(folder).values()]
+
+
+def _open_set(folder: Path, paths: list[Path]) -> Reader:
     if paths[0].suffix == ".json":
         return open_files(_index(paths[0]), str(folder))
     m = _SHARD.fullmatch(paths[0].name)
     if m and len(paths) != int(m["n"]):
         raise ConversionError(f"{folder}: {len(paths)} of {int(m['n'])} shards of {m['stem']}{m['suffix']} are here")
-    return open_files(paths, str(folder))
+    return open_files(paths, str(folder) if len(paths) > 1 else None)
 
 
 def open_weights(path: str | os.PathLike, variant: str | None = None) -> Reader:

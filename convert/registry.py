@@ -86,6 +86,18 @@ FAMILIES: dict[str, Family] = {
         {"tokenizer": "CLIPTokenizer", "tokenizer_2": "CLIPTokenizer", "tokenizer_3": "T5TokenizerFast"},
         {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0},
     ),
+    "wan": Family(
+        ("WanPipeline", "WanImageToVideoPipeline"),
+        {
+            "transformer": "WanTransformer3DModel", "transformer_2": "WanTransformer3DModel", "vae": "AutoencoderKLWan",
+            "text_encoder": "UMT5EncoderModel", "image_encoder": "CLIPVisionModel",
+        },
+        {"tokenizer": "T5TokenizerFast"},
+        {
+            "_class_name": "UniPCMultistepScheduler", "num_train_timesteps": 1000, "solver_order": 2,
+            "prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 5.0,
+        },
+    ),
 }  # fmt: skip
 
 
@@ -96,6 +108,8 @@ class Original(NamedTuple):
         config: (key -> shape) -> our config. rules: our config -> RULES of the keys below the prefix.
         prefix: of its keys when written back.
         implied: (config, keys) -> tensors that such files leave out.
+        release: `_class_name` of the config.json that releases have beside the weights; where it is there, `config`
+            takes its content as `release=`.
     """
 
     upstream_class: str
@@ -103,6 +117,7 @@ class Original(NamedTuple):
     rules: Any
     prefix: str
     implied: Any = None
+    release: str | None = None
 
 
 _ORIGINALS = {
@@ -122,12 +137,19 @@ _ORIGINALS = {
         "T5EncoderModel", single.t5_config, t5.original_rules, "text_encoders.t5xxl.transformer."
     ),
 }  # fmt: skip
-ORIGINALS: dict[str, dict[str, Original]] = {"sd3": _ORIGINALS}
+_WAN_TRANSFORMER = Original(
+    "WanTransformer3DModel", wan.original_config, wan.original_rules, "model.diffusion_model.", release="WanModel"
+)
+_WAN = {"transformer": _WAN_TRANSFORMER, "transformer_2": _WAN_TRANSFORMER}
+ORIGINALS: dict[str, dict[str, Original]] = {"sd3": _ORIGINALS, "wan": _WAN}
+EXPERTS = {"low_noise_model": "transformer_2"}
+"""Folders of original releases whose transformer is not the first one."""
 
 _MMDIT = ("x_embedder.proj.weight", "joint_blocks.{i}.x_block.attn.qkv.weight")
 _VAE = ("encoder.down.{i}.block.{j}.conv1.weight", "decoder.conv_in.weight")
 _CLIP = ("text_model.encoder.layers.{i}.self_attn.q_proj.weight",)
 _T5 = ("encoder.block.{i}.layer.0.SelfAttention.q.weight",)
+_WAN_DIT = ("patch_embedding.weight", "head.modulation", "blocks.{i}.self_attn.q.weight")
 _WIDE = "text_model.encoder.layers.31.self_attn.q_proj.weight"
 SIGNATURES: list[Signature] = [
     Signature("sd3", "transformer", _MMDIT, (), "model.diffusion_model."),
@@ -135,7 +157,9 @@ SIGNATURES: list[Signature] = [
     Signature("sd3", "text_encoder", _CLIP, (), "text_encoders.clip_l.transformer."),
     Signature("sd3", "text_encoder_2", _CLIP, (), "text_encoders.clip_g.transformer."),
     Signature("sd3", "text_encoder_3", _T5, (), "text_encoders.t5xxl.transformer."),
+    Signature("wan", "transformer", _WAN_DIT, (), "model.diffusion_model."),
     Signature("sd3", "transformer", _MMDIT),
+    Signature("wan", "transformer", _WAN_DIT),
     Signature("sd3", "text_encoder_2", (*_CLIP, _WIDE)),
     Signature("sd3", "text_encoder", _CLIP, (_WIDE,)),
     Signature("sd3", "text_encoder_3", _T5),

@@ -9,7 +9,7 @@ from typing import Any
 from convert import registry, tokenizers
 from convert.hub import resolve
 from convert.layout import Layout, components, detect, read_json, recognise
-from convert.readers import Reader, Tensor, open_files, open_folder, open_weights
+from convert.readers import Reader, Tensor, open_folder, open_sets, open_weights
 from convert.table import ConversionError, Rule, summary
 from jdit import zoo
 from jdit.nn.text.tokenizer import Tokenizer
@@ -140,9 +140,21 @@ def _open_component(layout: Layout, elsewhere: set[str]):
         for part, upstream_class in known.components.items():
             if upstream_class == name:
                 return family, {part: _component(layout.path, upstream_class)}, {}, {}
+        for part, original in registry.ORIGINALS[family].items():
+            if name and name == original.release:
+                return family, {part: _original(family, part, open_folder(layout.path))}, {}, {}
     raise ConversionError(
         f"{layout.path / 'config.json'}: {name!r} is not supported; supported: {sorted(registry.COMPONENTS)}"
     )
+
+
+def _release(original: registry.Original, reader: Reader) -> dict[str, Any]:
+    """What config.json beside the weights adds to their shapes, as keywords of `original.config`."""
+    place = reader.files[0].parent / "config.json"
+    if original.release is None or not place.is_file():
+        return {}
+    found = read_json(place)
+    return {"release": found} if found.get("_class_name") == original.release else {}
 
 
 def _original(family: str, name: str, reader: Reader) -> Part:
@@ -153,7 +165,7 @@ def _original(family: str, name: str, reader: Reader) -> Part:
             extra = original.implied(original.config(shapes), shapes)
             tensors = {k: Tensor(v.shape, v.dtype, reader.name, lambda v=v: v) for k, v in extra.items()}
             reader = Reader(reader.name, {**reader.tensors, **tensors}, reader.files)
-        cfg = original.config(reader.keys())
+        cfg = original.config(reader.keys(), **_release(original, reader))
     except (ValueError, TypeError) as e:  # TypeError: a tensor with another number of axes than is read off it
         raise ConversionError(f"{reader.name}: {name}: {e}") from None
     return Part(cfg, original.rules(cfg), reader)
@@ -164,6 +176,7 @@ def _from_readers(readers: Sequence[Reader], path: Path):
     family = ""
     for reader in readers:
         for name, (signature, part) in recognise(reader, registry.SIGNATURES, registry.IGNORED_PREFIXES).items():
+            name = registry.EXPERTS.get(reader.files[0].parent.name, name) if name == "transformer" else name
             if name in found:
                 raise ConversionError(f"{reader.name}: a second {name}; {found[name].reader.name} has one")
             family = signature.family
@@ -189,7 +202,8 @@ def _beside(folder: Path, family: str, found: dict[str, Part]) -> dict[str, Toke
 
 
 def _open_original(layout: Layout, elsewhere: set[str]):
-    family, found = _from_readers([open_files([f]) for f in layout.files], layout.path)
+    folders = sorted({f.parent for f in layout.files})
+    family, found = _from_readers([r for folder in folders for r in open_sets(folder)], layout.path)
     return family, found, _beside(layout.path, family, found), {}
 
 
@@ -200,9 +214,11 @@ def _replacement(family: str, name: str, place: Path) -> Part:
     if layout.kind == "file":
         reader = open_weights(layout.path)
         split = recognise(reader, registry.SIGNATURES, registry.IGNORED_PREFIXES)
-        if name not in split:
+        known = registry.ORIGINALS[family]
+        like = [n for n in split if n == name or (n in known and known[n] is known.get(name))]
+        if not like:
             raise ConversionError(f"{place}: holds {sorted(split)}, not {name}")
-        return _original(family, name, split[name][1])
+        return _original(family, name, split[like[0]][1])
     raise ConversionError(f"{place}: {name} must be a weight file or a folder with config.json")
 
 

@@ -186,7 +186,7 @@ def original_config(
     except KeyError as e:
         raise ConversionError(f"not a Wan transformer: tensor {e.args[0]} is missing") from None
     heads = told.get("num_heads", max(1, width // HEAD_DIM))
-    if width % heads:
+    if not heads or width % heads:
         raise ConversionError(f"a Wan transformer of width {width} cannot have num_heads={heads}")
     positions, image = shapes.get("img_emb.emb_pos"), shapes.get("img_emb.proj.0.weight")
     cfg = WanConfig(
