@@ -1,4 +1,4 @@
-"""Text encoders without torch: sharding, NNX modes, published sizes. The numbers are compared in parity/."""
+"""Text and picture encoders without torch: sharding, NNX modes, published sizes. The numbers: parity/."""
 
 import dataclasses
 import os
@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from convert import clip, t5
+from convert import clip, clip_vision, t5
 from jdit import sharding
 from jdit.nn.text.clip import CLIPText, CLIPTextConfig
 from jdit.nn.text.t5 import T5, T5Config
+from jdit.nn.vision.clip import CLIPVision, CLIPVisionConfig
 
 CLIP = CLIPTextConfig(
     vocab_size=64, width=32, mlp=48, layers=3, heads=4, max_positions=16, projection=24, eos_token_id=63
@@ -24,8 +25,14 @@ MODELS = {
     "clip": (CLIPText, CLIP),
     "t5": (T5, T5_TINY),
     "umt5": (T5, dataclasses.replace(T5_TINY, shared_bias=False)),
+    "clip vision": (
+        CLIPVision,
+        CLIPVisionConfig(width=32, mlp=48, layers=3, heads=4, image_size=18, patch=4, projection=24),
+    ),
 }
 TOKENS = np.random.default_rng(0).integers(0, 64, (2, 13))
+PICTURES = np.random.default_rng(0).normal(size=(2, 18, 18, 3)).astype(np.float32)
+INPUTS = {kind: PICTURES if kind == "clip vision" else TOKENS for kind in MODELS}
 
 
 def build(kind: str):
@@ -37,7 +44,7 @@ def build(kind: str):
 @pytest.mark.parametrize("axes", [{"data": 2, "tensor": 4}, {"data": 2, "sequence": 2, "tensor": 2}], ids=str)
 def test_sharded_equals_unsharded(kind, axes):
     module = build(kind)()
-    want = jax.jit(lambda m, t: m(t))(module, TOKENS)
+    want = jax.jit(lambda m, t: m(t))(module, INPUTS[kind])
     mesh = sharding.make_mesh(**axes)
     _, abstract = sharding.abstract(build(kind), mesh, module.cfg.rules)
     leaves = {path: jax.device_put(v, abstract[path].sharding) for path, v in sharding.leaves(module).items()}
@@ -45,7 +52,7 @@ def test_sharded_equals_unsharded(kind, axes):
     qkv = leaves["blocks", "qkv", "kernel"]
     assert qkv.sharding.shard_shape(qkv.shape)[-1] == qkv.shape[-1] // axes["tensor"]
     with jax.set_mesh(mesh):
-        got = jax.jit(lambda m, t: m(t))(spread, TOKENS)
+        got = jax.jit(lambda m, t: m(t))(spread, INPUTS[kind])
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
         assert np.linalg.norm(np.asarray(a) - b) <= 1e-5 * np.linalg.norm(b)
 
@@ -53,9 +60,9 @@ def test_sharded_equals_unsharded(kind, axes):
 @pytest.mark.parametrize("kind", MODELS)
 def test_batch_equals_singles(kind):
     module, run = build(kind)(), jax.jit(lambda m, t: m(t))
-    together = run(module, TOKENS)
+    together = run(module, INPUTS[kind])
     for i in range(2):
-        for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(run(module, TOKENS[i : i + 1]))):
+        for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(run(module, INPUTS[kind][i : i + 1]))):
             assert np.linalg.norm(a[i] - b[0]) <= 1e-5 * np.linalg.norm(b[0])
 
 
@@ -87,22 +94,23 @@ def test_t5_padding_beyond_the_lengths_does_not_matter():
         ),
         (T5, T5Config(), 4_762_310_656),
         (T5, T5Config(vocab_size=256384, shared_bias=False), 5_680_910_336),
+        (CLIPVision, CLIPVisionConfig(), 630_766_080),
     ],
-    ids=["CLIP-L", "CLIP-G", "T5-XXL", "UMT5-XXL"],
+    ids=["CLIP-L", "CLIP-G", "T5-XXL", "UMT5-XXL", "CLIP-H vision"],
 )
 def test_published_sizes(cls, cfg, count):
     """Parameter counts of the published checkpoints; each has exactly one rule for every leaf."""
     _, leaves = sharding.abstract(lambda: cls(cfg, rngs=nnx.Rngs(0)))
     assert sum(int(np.prod(leaf.shape)) for leaf in leaves.values()) == count
-    rules = clip.rules(cfg) if cls is CLIPText else t5.rules(cfg)
+    rules = {CLIPText: clip, CLIPVision: clip_vision, T5: t5}[cls].rules(cfg)
     assert {rule.target for rule in rules if rule.target and not rule.alias} == {sharding.dotted(p) for p in leaves}
 
 
 def test_runs_without_graph_mode():
     code = (
-        "import jax, numpy as np; from flax import nnx; from test_text_encoders import MODELS, TOKENS\n"
-        "for cls, cfg in MODELS.values():\n"
-        "    out = jax.jit(lambda m, t: m(t))(cls(cfg, rngs=nnx.Rngs(0)), TOKENS)\n"
+        "import jax, numpy as np; from flax import nnx; from test_text_encoders import MODELS, INPUTS\n"
+        "for kind, (cls, cfg) in MODELS.items():\n"
+        "    out = jax.jit(lambda m, t: m(t))(cls(cfg, rngs=nnx.Rngs(0)), INPUTS[kind])\n"
         "    assert all(np.isfinite(x).all() for x in jax.tree.leaves(out))\n"
     )
     paths = os.pathsep.join([os.path.dirname(__file__), os.path.dirname(os.path.dirname(__file__))])
