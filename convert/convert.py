@@ -17,10 +17,11 @@ from convert import registry, stream, tokenizers, write
 from convert.hub import resolve
 from convert.layout import detect
 from convert.source import Source, open_source
-from convert.table import ConversionError, summary
+from convert.table import ConversionError, cast_dtype, summary
 from jdit import checkpoint, zoo
 from jdit.atomic import whole, write_file
 from jdit.checkpoint import Leaf
+from jdit.sharding import Rules, dotted
 
 log = logging.getLogger("jdit")
 
@@ -93,6 +94,13 @@ def targets(cfg: Any) -> stream.Targets:
     return registry.of_config(cfg).targets(cfg)
 
 
+@functools.cache
+def kept(cfg: Any) -> frozenset[str]:
+    """Leaves that are float32 whatever the compute dtype (modulation tables, norms): no conversion narrows them."""
+    half = targets(registry.placed(cfg, "bfloat16", Rules()))
+    return frozenset(dotted(path) for path, leaf in half.items() if leaf.dtype == jnp.float32)
+
+
 def _to_jdit(source: Source, name: str, dst: Path, dtype, check: bool, overwrite: bool, progress) -> str:
     digests = {n: stream.Digest() for n in source.parts}
     components: dict[str, list[Leaf]] = {}
@@ -101,7 +109,9 @@ def _to_jdit(source: Source, name: str, dst: Path, dtype, check: bool, overwrite
         if found := stream.problems(part.reader, part.rules, targets(part.cfg)):
             problems += found
         else:
-            components[n] = stream.convert_component(part.reader, part.rules, targets(part.cfg), dtype, digests[n])
+            components[n] = stream.convert_component(
+                part.reader, part.rules, targets(part.cfg), dtype, digests[n], kept(part.cfg)
+            )
     if problems:
         raise ConversionError(summary(problems))
     meta = lambda: {
@@ -120,7 +130,9 @@ def _to_jdit(source: Source, name: str, dst: Path, dtype, check: bool, overwrite
         for n, part in source.parts.items():
             by = {leaf.path: leaf for leaf in components[n]}
             tell = (lambda p, n=n, by=by: seen(n, by[p])) if seen else None
-            wrong += stream.check(checkpoint.stored(dst, n), part.reader, part.rules, targets(part.cfg), dtype, tell)
+            wrong += stream.check(
+                checkpoint.stored(dst, n), part.reader, part.rules, targets(part.cfg), dtype, tell, kept(part.cfg)
+            )
         if wrong:
             shutil.rmtree(dst)
             raise ConversionError(f"{summary(wrong)}; {dst} was removed")
@@ -196,8 +208,9 @@ def _back(path: Path, dst: Path, to: str, dtype, only: set[str], overwrite: bool
             tell = (lambda key, n=n: progress(f"write {n}", 0, 1)) if progress else None
             config = component.upstream_config(configs[n])
             write.write_back(
-                part / n, stored[n], component.rules(configs[n]), config, stem=stem, dtype=dtype, on_tensor=tell
-            )
+                part / n, stored[n], component.rules(configs[n]), config, stem=stem, dtype=dtype,
+                keep=kept(configs[n]), on_tensor=tell,
+            )  # fmt: skip
             index[n] = [library, upstream_class]
         for n, upstream_class in family.tokenizers.items():
             if n in meta.get("tokenizers", ()) and _encoder_of(n) in configs:
@@ -219,10 +232,9 @@ def _back(path: Path, dst: Path, to: str, dtype, only: set[str], overwrite: bool
 class _Cast:
     """An array on disk as `write.outputs` casts it: floating-point ones only, read by index."""
 
-    def __init__(self, stored: checkpoint.Stored, dtype: str):
-        floating = jnp.issubdtype(stored.dtype, jnp.floating)
+    def __init__(self, stored: checkpoint.Stored, dtype: str, keep: bool):
         self.stored, self.shape = stored, stored.shape
-        self.dtype = np.dtype(jnp.dtype(dtype)) if floating else np.dtype(stored.dtype)
+        self.dtype = cast_dtype(np.dtype(stored.dtype), dtype, keep)
 
     def __getitem__(self, index) -> np.ndarray:
         return np.asarray(self.stored[index]).astype(self.dtype)
@@ -232,13 +244,9 @@ def _check_back(written: Source, stored: Mapping[str, Mapping[str, checkpoint.St
     """Read the PyTorch files that were written as a source, and compare with the checkpoint that they came from."""
     wrong: list[str] = []
     for n, part in written.parts.items():
-        wrong += stream.check(
-            {k: v if dtype is None else _Cast(v, dtype) for k, v in stored[n].items()},
-            part.reader,
-            part.rules,
-            targets(part.cfg),
-            dtype,
-        )
+        keep = kept(part.cfg)
+        cast = {k: v if dtype is None else _Cast(v, dtype, k in keep) for k, v in stored[n].items()}
+        wrong += stream.check(cast, part.reader, part.rules, targets(part.cfg), dtype, None, keep)
     written.close()
     if wrong:
         raise ConversionError(summary(wrong))
@@ -252,7 +260,7 @@ def _to_original(meta, configs, stored, dst: Path, dtype, overwrite: bool, check
         raise checkpoint.CheckpointError(f"{dst} exists already; ask to overwrite it, or choose another name")
     tensors = []
     for n, cfg in configs.items():
-        prefix, own = originals[n].prefix, write.outputs(stored[n], originals[n].rules(cfg), dtype)
+        prefix, own = originals[n].prefix, write.outputs(stored[n], originals[n].rules(cfg), dtype, kept(cfg))
         _warn_of_loss(n, cfg, originals[n].config, {t.key: t.shape for t in own})
         tensors += [t._replace(key=prefix + t.key) for t in own]
     write.write_tensors(dst, tensors, (lambda key: progress("write", 0, 1)) if progress else None)

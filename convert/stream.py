@@ -4,17 +4,16 @@ Everything is planned from the headers first, so that all problems are known bef
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from convert.readers import Reader
-from convert.table import Fill, Rule, Source, common_dtype, fill, match, plan
+from convert.table import Fill, Rule, Source, cast_dtype, common_dtype, fill, match, plan
 from convert.write import LeafOnDisk
 from jdit.blocks import Leaf, block_rows
 from jdit.sharding import Path, dotted
@@ -62,9 +61,9 @@ def problems(reader: Reader, rules: Sequence[Rule], targets: Targets) -> list[st
     return match(reader.keys(), rules, {dotted(p): leaf for p, leaf in targets.items()}, reader.where)[1]
 
 
-def _stored_dtype(reader: Reader, f: Fill, dtype: DTypeLike | None) -> np.dtype:
+def _stored_dtype(reader: Reader, f: Fill, dtype: DTypeLike | None, keep: Collection[str] = ()) -> np.dtype:
     own = common_dtype(reader.tensors[s.key].dtype for s in f.sources)
-    return np.dtype(jnp.dtype(dtype)) if dtype is not None and jnp.issubdtype(own, jnp.floating) else own
+    return cast_dtype(own, dtype, f.path in keep)
 
 
 def _split(f: Fill, rows: int) -> Iterator[Fill]:
@@ -98,6 +97,7 @@ def convert_component(
     targets: Targets,
     dtype: DTypeLike | None = None,
     digest: Digest | None = None,
+    keep: Collection[str] = (),
 ) -> list[Leaf]:
     """The leaves of a component for `checkpoint.save`: planned now, read when they are written.
 
@@ -105,6 +105,7 @@ def convert_component(
         dtype: what floating-point leaves are cast to; None keeps each as it is stored (where the sources of one leaf
             differ, the smallest dtype that holds them all).
         digest: takes in every tensor as it is read.
+        keep: dotted paths of leaves that are not narrowed to `dtype`.
 
     Raises:
         ConversionError: keys and leaves that do not fit, all of them.
@@ -118,7 +119,7 @@ def convert_component(
 
     leaves = []
     for path, f in _plan(reader, rules, targets):
-        own = _stored_dtype(reader, f, dtype)
+        own = _stored_dtype(reader, f, dtype, keep)
         leaves.append(Leaf(path, f.shape, own, _blocks(f, read, own)))
     return leaves
 
@@ -159,12 +160,13 @@ def check(
     targets: Targets,
     dtype: DTypeLike | None = None,
     on_leaf: Callable[[Path], None] | None = None,
+    keep: Collection[str] = (),
 ) -> list[str]:
     """Compare what was written with every source tensor, bit by bit, after op and cast.
 
     Args:
         leaves: dotted path -> array; `checkpoint.stored(folder, component)`.
-        dtype: the dtype that the conversion was asked for.
+        dtype, keep: what the conversion was asked for.
 
     Returns:
         One line a mismatch, naming file, tensor and parameter; empty if all agree.
@@ -173,7 +175,7 @@ def check(
     for path, f in _plan(reader, rules, targets):
         if on_leaf is not None:
             on_leaf(path)
-        got, own = leaves.get(f.path), _stored_dtype(reader, f, dtype)
+        got, own = leaves.get(f.path), _stored_dtype(reader, f, dtype, keep)
         if got is None or got.shape != f.shape or got.dtype != own:
             what = "missing" if got is None else f"{got.dtype}{list(got.shape)}"
             out.append(f"{f.path}: {what}, {own}{list(f.shape)} is due")

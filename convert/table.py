@@ -12,8 +12,10 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from jax.typing import DTypeLike
 
 from convert import ops
 from convert.ops import Op
@@ -211,6 +213,15 @@ def common_dtype(dtypes: Iterable[np.dtype]) -> np.dtype:
     if kinds <= _NARROW:
         return np.dtype(ml_dtypes.bfloat16)
     return np.dtype(np.float64 if np.dtype(np.float64) in kinds else np.float32)
+
+
+def cast_dtype(own: np.dtype, asked: DTypeLike | None, keep: bool = False) -> np.dtype:
+    """What an array of dtype `own` becomes where `asked` was asked for: only floating-point ones are cast, and those
+    that are kept (float32 in every compute dtype) are not narrowed. None asks for nothing."""
+    if asked is None or not jnp.issubdtype(own, jnp.floating):
+        return np.dtype(own)
+    wanted = np.dtype(jnp.dtype(asked))
+    return np.dtype(own) if keep and wanted.itemsize < np.dtype(own).itemsize else wanted
 
 
 TILE = 256

@@ -7,17 +7,16 @@ import json
 import math
 import os
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
 from convert.formats import DTYPES
 from convert.ops import Op
-from convert.table import ConversionError, Index, Rule, back, dense, summary
+from convert.table import ConversionError, Index, Rule, back, cast_dtype, dense, summary
 from jdit.atomic import sync, write_file
 
 NAMES = {np.dtype(d): name for name, d in DTYPES.items()}
@@ -51,8 +50,10 @@ class Out(NamedTuple):
         return dense(self.op.inverse(np.asarray(self.leaf[self.index or ...])), self.dtype)
 
 
-def outputs(leaves: Mapping[str, LeafOnDisk], rules: Sequence[Rule], dtype: DTypeLike | None = None) -> list[Out]:
-    """Every PyTorch tensor that the leaves make.
+def outputs(
+    leaves: Mapping[str, LeafOnDisk], rules: Sequence[Rule], dtype: DTypeLike | None = None, keep: Collection[str] = ()
+) -> list[Out]:
+    """Every PyTorch tensor that the leaves make. See `write_back` for dtype and keep.
 
     Raises:
         ConversionError: a leaf that the rules do not write back whole, or a key that is written twice.
@@ -70,10 +71,7 @@ def outputs(leaves: Mapping[str, LeafOnDisk], rules: Sequence[Rule], dtype: DTyp
             continue
         if key in out:
             problems.append(f"{key}: written twice, from {path} too")
-        own = np.dtype(leaf.dtype)
-        if dtype is not None and jnp.issubdtype(own, jnp.floating):
-            own = np.dtype(jnp.dtype(dtype))
-        out[key] = Out(key, leaf, index, op, shape, own)
+        out[key] = Out(key, leaf, index, op, shape, cast_dtype(np.dtype(leaf.dtype), dtype, path in keep))
         written[path] += slot.size
     for path, leaf in leaves.items():
         if written[path] != math.prod(leaf.shape):
@@ -116,6 +114,7 @@ def write_back(
     stem: str = "diffusion_pytorch_model",
     max_shard_bytes: int = 10_000_000_000,
     dtype: DTypeLike | None = None,
+    keep: Collection[str] = (),
     on_tensor: Callable[[str], None] | None = None,
 ) -> list[Path]:
     """Write one component as diffusers or transformers would: config.json and safetensors, sharded with an index.
@@ -125,6 +124,7 @@ def write_back(
         stem: "diffusion_pytorch_model", or "model" for transformers.
         max_shard_bytes: upper size of a file (a larger single tensor has a file of its own).
         dtype: what floating-point tensors are cast to; None keeps each leaf's own.
+        keep: dotted paths of leaves that are not narrowed to `dtype`.
         on_tensor: called with each key before it is written.
 
     Returns:
@@ -135,7 +135,7 @@ def write_back(
     """
     folder = Path(folder)
     shards: list[list[Out]] = [[]]
-    tensors = outputs(leaves, rules, dtype)
+    tensors = outputs(leaves, rules, dtype, keep)
     size = 0
     for t in tensors:
         if shards[-1] and size + t.nbytes > max_shard_bytes:

@@ -13,7 +13,8 @@ from safetensors.numpy import load_file
 from util_sd3 import error, noise
 
 from convert import registry, table, wan, write
-from jdit import sharding, zoo
+from convert.convert import convert
+from jdit import checkpoint, sharding, zoo
 from jdit.nn.wan import WanConfig
 from jdit.sharding import Rules, dotted, make_mesh
 
@@ -234,3 +235,20 @@ def test_sizes_that_do_not_fit(t2v):
         jax.eval_shape(call, module, jnp.zeros((1, 1, 5, 4, 6)), jnp.zeros(1), jnp.zeros((1, 3, 20)))
     with pytest.raises(ValueError, match="a side may be 1024"):
         module.rope((1, 2, 1025))
+
+
+def test_conversion_to_bfloat16_keeps_what_stays_float32(both, tmp_path):
+    """A checkpoint that was converted to bfloat16, loaded, is the source loaded in bfloat16; and on the way back."""
+    _, module, folder = both
+    assert "every tensor agrees" in convert(folder, tmp_path / "x", dtype="bfloat16", check=True)
+    cfg = registry.placed(module.cfg, "bfloat16", Rules())
+    got = checkpoint.restore(tmp_path / "x", "transformer", registry.of_config(cfg).targets(cfg))
+    want = sharding.leaves(util_wan.ported(folder, "bfloat16"))
+    assert got.keys() == want.keys()
+    assert all(got[p].dtype == want[p].dtype and np.array_equal(got[p], want[p]) for p in want)
+    assert "every tensor agrees" in convert(
+        tmp_path / "x", tmp_path / "back", to="diffusers", dtype="bfloat16", check=True
+    )
+    half = load_file(tmp_path / "back" / "transformer" / "diffusion_pytorch_model.safetensors")
+    names = ("scale_shift_table", "time_embedder", "norm1", "norm2")
+    assert all((v.dtype == np.float32) == any(n in k.split(".") for n in names) for k, v in half.items())
