@@ -98,10 +98,10 @@ def rules(cfg: CLIPVisionConfig) -> list[Rule]:
 
 
 def original_rules(cfg: CLIPVisionConfig, prefix: str = "") -> list[Rule]:
-    """The tower inside Wan's release.
+    """The tower inside Wan's release, or in transformers' naming in a file without config; Wan's is written back.
 
     Args:
-        prefix: `visual.` for the keys of the whole file, nothing for those below it.
+        prefix: `visual.` for the keys of Wan's whole file, nothing for those below it.
     """
     layers, layer = range(cfg.layers), prefix + "transformer.{i}."
     out = [
@@ -121,4 +121,4 @@ def original_rules(cfg: CLIPVisionConfig, prefix: str = "") -> list[Rule]:
     for n in (1, 2):
         out.append(Rule(f"{layer}norm{n}.weight", f"blocks.norm{n}.scale", layers=layers))
         out.append(Rule(f"{layer}norm{n}.bias", f"blocks.norm{n}.bias", layers=layers))
-    return out
+    return out + [r._replace(alias=True) if r.target else r for r in rules(cfg)]

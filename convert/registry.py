@@ -140,7 +140,13 @@ _ORIGINALS = {
 _WAN_TRANSFORMER = Original(
     "WanTransformer3DModel", wan.original_config, wan.original_rules, "model.diffusion_model.", release="WanModel"
 )
-_WAN = {"transformer": _WAN_TRANSFORMER, "transformer_2": _WAN_TRANSFORMER}
+_WAN = {
+    "transformer": _WAN_TRANSFORMER, "transformer_2": _WAN_TRANSFORMER,
+    "text_encoder": Original(
+        "UMT5EncoderModel", single.umt5_config, t5.umt5_rules, "text_encoders.umt5xxl.transformer."
+    ),
+    "image_encoder": Original("CLIPVisionModel", single.clip_vision_config, clip_vision.original_rules, "visual."),
+}  # fmt: skip
 ORIGINALS: dict[str, dict[str, Original]] = {"sd3": _ORIGINALS, "wan": _WAN}
 EXPERTS = {"low_noise_model": "transformer_2"}
 """Folders of original releases whose transformer is not the first one."""
@@ -150,6 +156,10 @@ _VAE = ("encoder.down.{i}.block.{j}.conv1.weight", "decoder.conv_in.weight")
 _CLIP = ("text_model.encoder.layers.{i}.self_attn.q_proj.weight",)
 _T5 = ("encoder.block.{i}.layer.0.SelfAttention.q.weight",)
 _WAN_DIT = ("patch_embedding.weight", "head.modulation", "blocks.{i}.self_attn.q.weight")
+_UMT5 = ("token_embedding.weight", "blocks.{i}.attn.q.weight", "blocks.{i}.ffn.gate.0.weight")
+_SECOND_BIAS = "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"
+_VIT = ("cls_embedding", "transformer.{i}.attn.to_qkv.weight")
+_VISION = ("vision_model.embeddings.class_embedding", "vision_model.encoder.layers.{i}.self_attn.q_proj.weight")
 _WIDE = "text_model.encoder.layers.31.self_attn.q_proj.weight"
 SIGNATURES: list[Signature] = [
     Signature("sd3", "transformer", _MMDIT, (), "model.diffusion_model."),
@@ -158,16 +168,22 @@ SIGNATURES: list[Signature] = [
     Signature("sd3", "text_encoder_2", _CLIP, (), "text_encoders.clip_g.transformer."),
     Signature("sd3", "text_encoder_3", _T5, (), "text_encoders.t5xxl.transformer."),
     Signature("wan", "transformer", _WAN_DIT, (), "model.diffusion_model."),
+    Signature("wan", "text_encoder", _UMT5, (), "text_encoders.umt5xxl.transformer."),
+    Signature("wan", "text_encoder", _T5, (), "text_encoders.umt5xxl.transformer."),
+    Signature("wan", "image_encoder", _VIT, (), "visual."),
     Signature("sd3", "transformer", _MMDIT),
     Signature("wan", "transformer", _WAN_DIT),
+    Signature("wan", "text_encoder", _UMT5),
+    Signature("wan", "text_encoder", (*_T5, _SECOND_BIAS)),
+    Signature("wan", "image_encoder", _VISION),
     Signature("sd3", "text_encoder_2", (*_CLIP, _WIDE)),
     Signature("sd3", "text_encoder", _CLIP, (_WIDE,)),
-    Signature("sd3", "text_encoder_3", _T5),
+    Signature("sd3", "text_encoder_3", _T5, (_SECOND_BIAS,)),
     Signature("sd3", "vae", _VAE),
 ]
 IGNORED_PREFIXES = ("model_ema.", "model_sampling.", "cond_stage_model.", "text_encoders.clip_l.logit_scale",
-                    "text_encoders.clip_g.logit_scale", "text_encoders.t5xxl.logit_scale", "textual.",
-                    "log_scale")  # fmt: skip
+                    "text_encoders.clip_g.logit_scale", "text_encoders.t5xxl.logit_scale",
+                    "text_encoders.umt5xxl.logit_scale", "textual.", "log_scale")  # fmt: skip
 
 
 def of_config(cfg: Any) -> Component:

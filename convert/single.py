@@ -86,18 +86,22 @@ def umt5_config(shapes: Shapes) -> T5Config:
 
 
 def clip_vision_config(shapes: Shapes) -> CLIPVisionConfig:
-    """CLIP vision tower of Wan's release by its keys below `visual.`. Published ones have 16 heads at any width.
+    """CLIP's ViT-H by its keys below `visual.` in Wan's release, or in transformers' naming, without projection.
 
     Raises:
         ConversionError: a tensor that the architecture is read from is missing.
     """
-    what = "CLIP vision encoder of Wan"
-    width, channels, patch, _ = _need(shapes, "patch_embedding.weight", what)
-    side = math.isqrt(_need(shapes, "pos_embedding", what)[1] - 1)
+    what, tower = "CLIP vision encoder", "vision_model."
+    if "cls_embedding" in shapes:
+        patches, positions, layer, up = "patch_embedding.weight", "pos_embedding", "transformer.{i}", "mlp.0"
+    else:
+        patches, positions = (f"{tower}embeddings.{n}_embedding.weight" for n in ("patch", "position"))
+        layer, up = f"{tower}encoder.layers.{{i}}", "mlp.fc1"
+    width, channels, patch, _ = _need(shapes, patches, what)
+    side = math.isqrt(_need(shapes, positions, what)[-2] - 1)
     return CLIPVisionConfig(
-        width=width, mlp=_need(shapes, "transformer.0.mlp.0.weight", what)[0],
-        layers=_layers(shapes, "transformer.{i}"), image_size=side * patch, patch=patch, channels=channels,
-        projection=shapes["head"][1] if "head" in shapes else None,
+        width=width, mlp=_need(shapes, f"{layer.format(i=0)}.{up}.weight", what)[0], layers=_layers(shapes, layer),
+        image_size=side * patch, patch=patch, channels=channels,
     )  # fmt: skip
 
 

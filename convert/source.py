@@ -22,6 +22,8 @@ BESIDE = {  # where the files of a release that are not in its main file lie bes
     "text_encoder_3": ("t5xxl_fp16.safetensors", "t5xxl.safetensors", "t5xxl_fp8_e4m3fn.safetensors",
                        "t5xxl_fp8_e4m3fn_scaled.safetensors"),
 }  # fmt: skip
+TOKENIZERS_BESIDE = {"tokenizer": ("google/umt5-xxl",)}
+"""Folders of original releases that hold a tokenizer under another name."""
 
 
 @dataclasses.dataclass
@@ -197,8 +199,9 @@ def _beside(folder: Path, family: str, found: dict[str, Part]) -> dict[str, Toke
             if name not in found and "transformer" in found and file.is_file():
                 log.info("%s is taken from %s", name, file)
                 found[name] = _original(family, name, open_weights(file))
-    names = registry.FAMILIES[family].tokenizers
-    return {n: tokenizers.load(folder / n) for n in names if (folder / n).is_dir()}
+    places = {n: (n, *TOKENIZERS_BESIDE.get(n, ())) for n in registry.FAMILIES[family].tokenizers}
+    there = {n: next((folder / p for p in ps if (folder / p).is_dir()), None) for n, ps in places.items()}
+    return {n: tokenizers.load(place) for n, place in there.items() if place}
 
 
 def _open_original(layout: Layout, elsewhere: set[str]):
