@@ -181,10 +181,8 @@ class ImageEmbedding(nnx.Module):
     def __call__(self, x: Float[Array, "B I E"]) -> Float[Array, "B I D"]:
         if self.pos is not None:
             pos = self.pos.get_value()
-            if x.shape[1] != len(pos) and 2 * x.shape[1] != len(pos):
-                raise ValueError(
-                    f"{x.shape[1]} image tokens; those of the first and last frame are {len(pos)} together"
-                )
+            if len(pos) not in (x.shape[1], 2 * x.shape[1]) or x.shape[0] * x.shape[1] % len(pos):
+                raise ValueError(f"image tokens {x.shape[:2]}: those of first and last frame are {len(pos)} together")
             x = x.reshape(-1, *pos.shape) + pos
         return self.norm_out(self.mlp(self.norm_in(x)))
 
@@ -212,7 +210,8 @@ class Wan(nnx.Module):
             t: timesteps in [0, 1000]: a scalar, (B,), (B, M), or (S, B, M) for a table of S steps.
         """
         t = t.reshape(*t.shape[:-2], *(t.shape[-2:] if t.ndim > 1 else (t.size, 1)))
-        emb = self.time(layers.timestep_embedding(t, self.cfg.freq_dim))
+        with jax.default_matmul_precision("highest"):  # float32 as upstream's; it is made once
+            emb = self.time(layers.timestep_embedding(t, self.cfg.freq_dim))
         block = layers.dense32(self.time_mod, layers.silu(emb))
         return Modulation(block, self.final_table.get_value() + emb[..., None, :])
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers.models.embeddings import apply_rotary_emb, get_1d_rotary_pos_embed
 
-from jdit.nn.rope import apply_rope, grid_positions, rope_table
+from jdit.nn.rope import apply_rope, grid_positions, grid_rope, rope_table
 
 pytestmark = pytest.mark.torch
 
@@ -44,3 +44,12 @@ def test_refusals():
         rope_table([np.arange(3)], [5])
     with pytest.raises(ValueError, match="'pairs' and 'halves'"):
         apply_rope(np.zeros((1, 3, 1, 4)), rope_table([np.arange(3)], [4]), "rows")  # type: ignore[arg-type]
+
+
+def test_grid_is_the_table_of_its_cells():
+    axes, dims = [np.arange(3) + 0.5, np.arange(5), np.linspace(0, 9, 7)], (4, 8, 12)
+    cells = [a.reshape(-1) for a in np.meshgrid(*axes, indexing="ij")]
+    for got, want in zip(grid_rope(axes, dims, 256.0), rope_table(cells, dims, 256.0)):
+        np.testing.assert_array_equal(got, want)
+    with pytest.raises(ValueError, match="one for each of the 3 axes"):
+        grid_rope(axes, (4, 8))

@@ -64,7 +64,7 @@ def test_velocity(both):
 
 def test_a_block_and_its_parts(t2v):
     model, module, _ = t2v
-    x, text, emb = noise(4, 2, 105, 48), noise(5, 2, 11, 48), noise(6, 2, 6, 48)
+    x, text, emb = noise(4, 2, 105, 32), noise(5, 2, 11, 32), noise(6, 2, 6, 32)
     theirs, turn = model.blocks[1], model.rope(torch.zeros(1, 6, 3, 10, 14))
 
     @jax.jit
@@ -77,6 +77,21 @@ def test_a_block_and_its_parts(t2v):
         want = theirs.attn1(x, None, None, turn), theirs.attn2(x, text, None, None), theirs(x, text, emb, turn)
     for a, b in zip(parts(module, x.numpy(), text.numpy(), emb.numpy()), want):
         assert error(a, b) < 1e-5
+
+
+def test_conditions(both):
+    """Time, text and picture before they meet the video."""
+    model, module, _ = both
+    _, t, text, image = util_wan.ours(module, given := util_wan.inputs(model.config))
+    names = ("timestep", "encoder_hidden_states", "encoder_hidden_states_image")
+    with torch.no_grad():
+        emb, block, *states = model.condition_embedder(*(given.get(n) for n in names))
+        final = model.scale_shift_table + emb[:, None]
+    embed = lambda m, t, text, image: (m.modulation(t), m.text(text), None if image is None else m.image(image))
+    modulation, *got = jax.jit(embed)(module, t, text, image)
+    assert error(modulation.final[:, 0], final) < 1e-5
+    assert error(modulation.block[:, 0], block.unflatten(1, (6, -1))) < 1e-5
+    assert all(error(a, b) < 1e-5 for a, b in zip(got, states) if b is not None)
 
 
 def test_time_that_differs_between_tokens(t2v):
@@ -128,7 +143,7 @@ def test_pictures_are_optional_and_checked(both):
     if model.config.pos_embed_seq_len:  # first and last frame may also come side by side
         pairs = image.reshape(2, 14, 22)
         assert error(call(module, x, t, text, pairs), call(module, x, t, text, image)) < 1e-6
-        with pytest.raises(ValueError, match=r"5 image tokens.*14 together"):
+        with pytest.raises(ValueError, match=r"image tokens \(4, 5\).*14 together"):
             jax.eval_shape(call, module, x, t, text, image[:, :5])
 
 
@@ -151,7 +166,7 @@ def test_queries_of_pictures_are_passed_over(both):
     _, module, folder = both
     shapes = {k: v.shape for k, v in load_file(folder / "diffusion_pytorch_model.safetensors").items()}
     targets = {dotted(p): leaf for p, leaf in sharding.abstract(lambda: module)[1].items()}
-    table.plan(shapes | {"blocks.0.attn2.norm_added_q.weight": (48,)}, wan.rules(module.cfg), targets)
+    table.plan(shapes | {"blocks.0.attn2.norm_added_q.weight": (32,)}, wan.rules(module.cfg), targets)
 
 
 @pytest.mark.parametrize("kind", ["t2v", "flf2v"])

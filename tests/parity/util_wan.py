@@ -15,10 +15,10 @@ from jdit.sharding import Rules
 
 CLASS = "WanTransformer3DModel"
 TINY = dict(
-    patch_size=(1, 2, 2), num_attention_heads=4, attention_head_dim=12, in_channels=6, out_channels=5, text_dim=20,
+    patch_size=(1, 2, 2), num_attention_heads=4, attention_head_dim=8, in_channels=6, out_channels=5, text_dim=20,
     freq_dim=16, ffn_dim=40, num_layers=3, cross_attn_norm=True, eps=1e-6,
 )  # fmt: skip
-IMAGE = dict(image_dim=22, added_kv_proj_dim=48)
+IMAGE = dict(image_dim=22, added_kv_proj_dim=32)
 KINDS = {
     "t2v": {},
     "i2v": IMAGE,
