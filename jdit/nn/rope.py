@@ -78,7 +78,7 @@ def apply_rope(x: Float[Array, "B N H K"], rope: Rope, layout: Layout = "pairs")
     cos, sin = rope.cos[:, None], rope.sin[:, None]  # N 1 K/2
     if layout == "pairs":  # no concatenation: on GPUs XLA works it off an element a thread (mmdit._join)
         partner = x32.reshape(*x.shape[:-1], -1, 2)[..., ::-1].reshape(x.shape)
-        sign = np.tile(np.float32([-1, 1]), x.shape[-1] // 2)
+        sign = np.tile(np.array([-1, 1], np.float32), x.shape[-1] // 2)
         out = x32 * jnp.repeat(cos, 2, -1) + partner * (sign * jnp.repeat(sin, 2, -1))
     elif layout == "halves":
         a, b = jnp.split(x32, 2, -1)

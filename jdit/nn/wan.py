@@ -203,13 +203,14 @@ class Wan(nnx.Module):
         self.final_table = _table(2, d, rngs)
         self.final = layers.linear(d, size * cfg.out_channels, ("embed", None), **kw)
 
-    def modulation(self, t: Float[Array, "..."]) -> Modulation:
+    def modulation(self, t: Float[Array, "..."] | float) -> Modulation:
         """What time does to every layer, before each layer adds its own table.
 
         Args:
             t: timesteps in [0, 1000]: a scalar, (B,), (B, M), or (S, B, M) for a table of S steps.
         """
-        t = t.reshape(*t.shape[:-2], *(t.shape[-2:] if t.ndim > 1 else (t.size, 1)))
+        t = jnp.asarray(t, jnp.float32)
+        t = t.reshape(-1, 1) if t.ndim < 2 else t
         with jax.default_matmul_precision("highest"):  # float32 as upstream's; it is made once
             emb = self.time(layers.timestep_embedding(t, self.cfg.freq_dim))
         block = layers.dense32(self.time_mod, layers.silu(emb))
@@ -275,7 +276,7 @@ class Wan(nnx.Module):
     def __call__(self, x, t, text, image=None):
         """Velocity for latents x (B, T, Y, X, C) at timestep t (scalar, (B,), or one a token or a frame, (B, M)), text
         states (B, L, J) and image tokens (B, I, E); see `modulation` and `embed_context`."""
-        return self.velocity(x, self.modulation(jnp.asarray(t, jnp.float32)), self.embed_context(text, image))
+        return self.velocity(x, self.modulation(t), self.embed_context(text, image))
 
 
 def _across_heads(cfg: WanConfig) -> layers.RMSNorm:
