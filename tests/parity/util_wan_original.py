@@ -35,13 +35,17 @@ STANDINS = {
 def original(name: str) -> types.ModuleType:
     """models/wan/{name}.py of diffsynth-engine."""
     assert SPEC is not None and SPEC.submodule_search_locations
-    file = Path(SPEC.submodule_search_locations[0]) / "models" / "wan" / f"{name}.py"
+    package = Path(SPEC.submodule_search_locations[0])
+    file = package / "models" / "wan" / f"{name}.py"
+    keymap = package / "conf" / "models" / "wan" / "vae" / "wan_vae_keymap.json"
+    constants = dict.fromkeys(("WAN2_1_VAE_CONFIG_FILE", "WAN2_2_VAE_CONFIG_FILE", "WAN_VAE_KEYMAP_FILE"), keymap)
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     packages = ("diffsynth_engine", "diffsynth_engine.models", "diffsynth_engine.models.basic")
     with pytest.MonkeyPatch.context() as patch:
-        for key, names in {**{p: {"__path__": []} for p in packages}, **STANDINS}.items():
+        standins = {**STANDINS, "diffsynth_engine.utils.constants": constants}
+        for key, names in {**{p: {"__path__": []} for p in packages}, **standins}.items():
             standin = types.ModuleType(key)
             standin.__dict__.update(names)
             patch.setitem(sys.modules, key, standin)

@@ -216,9 +216,7 @@ class AutoencoderKLWan(nnx.Module):
         f, patch = self.cfg.pixel_factor, self.cfg.patch or 1
         size, need = pixels.shape[2:4], f if self.cfg.residual else patch
         if min(size) < f or any(n % need for n in size):
-            raise ValueError(
-                f"frames of {size[0]}x{size[1]} pixels: sides must be at least {f} and multiples of {need}"
-            )
+            raise ValueError(f"frames of {size[0]}x{size[1]} pixels: sides are at least {f} and multiples of {need}")
 
     # ---- whole videos
 
