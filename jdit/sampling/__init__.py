@@ -18,8 +18,9 @@ from jdit.sampling.guidance import (
     within,
     zero_init,
 )
+from jdit.sampling.multistep import dpmpp, unipc
 from jdit.sampling.scan import Progress, State, Stateful, add_noise, denoised, init, iterate, run, solve, step
-from jdit.sampling.solvers import euler, unipc
+from jdit.sampling.solvers import ddim, euler
 from jdit.sampling.table import Grid, Table, part, row, split
 
 __all__ = [
@@ -32,7 +33,9 @@ __all__ = [
     "add_noise",
     "away_from",
     "classifier_free",
+    "ddim",
     "denoised",
+    "dpmpp",
     "dynamic_mu",
     "dynamic_scale",
     "embedded",

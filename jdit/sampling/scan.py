@@ -9,7 +9,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jdit.sampling import table as tables
-from jdit.sampling.table import Table
+from jdit.sampling.table import Table, Threshold
 
 
 class Stateful(NamedTuple):
@@ -20,7 +20,7 @@ class Stateful(NamedTuple):
 
 
 Model = Callable[..., Array]  # (x, t) or (x, t, row of per_step) -> raw prediction, of x's shape
-OnStep = Callable[[int, int], Any]  # (index of the finished step from 0, number of steps)
+OnStep = Callable[..., Any]  # (index of the finished step from 0, number of steps), and x0 where a preview is asked for
 
 
 class State(NamedTuple):
@@ -29,6 +29,7 @@ class State(NamedTuple):
     x: Float[Array, "*S"]
     x_last: Float[Array, "*S"] | None  # the corrected sample of the previous step; None where there is no corrector
     history: tuple[Float[Array, "*S"], ...]  # past predictions, newest first
+    predictor: "State | None" = None  # of the table's predictor
     carry: Any = None  # what a Stateful model carries; None until it has begun, and for other models
 
 
@@ -46,12 +47,13 @@ def init(x: Float[Array, "*S"], table: Table) -> State:
     x = jnp.asarray(x)
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     zeros = jnp.zeros_like(x)
-    return State(x, None if table.corrector is None else zeros, (zeros,) * table.history)
+    predictor = None if table.predictor is None else init(x, table.predictor)
+    return State(x, None if table.corrector is None else zeros, (zeros,) * table.history, predictor)
 
 
 def _cast(table: Table, dtype) -> Table:
-    cast = jax.tree.map(lambda a: jnp.asarray(a, dtype), table)
-    return cast._replace(index=jnp.asarray(table.index, jnp.int32), timestep=jnp.asarray(table.timestep, jnp.float32))
+    kinds = {"index": jnp.int32, "timestep": jnp.float32}
+    return jax.tree.map_with_path(lambda path, a: jnp.asarray(a, kinds.get(path[-1].name, dtype)), table)
 
 
 def _mix(weights: Array, arrays: tuple[Array, ...]) -> Array:
@@ -59,10 +61,19 @@ def _mix(weights: Array, arrays: tuple[Array, ...]) -> Array:
     return sum((weights[j] * a for j, a in enumerate(arrays[1:], 1)), weights[0] * arrays[0])
 
 
+def _threshold(x0: Float[Array, "B *S"], by: Threshold) -> Float[Array, "B *S"]:
+    magnitudes = jnp.abs(x0).reshape(len(x0), -1)
+    # the ceiling comes last: below 1 it wins over the floor, as torch's clamp has it
+    cut = jnp.minimum(jnp.maximum(jnp.quantile(magnitudes, by.ratio, axis=1), 1), by.most)
+    cut = cut.reshape(-1, *(1,) * (x0.ndim - 1))
+    return jnp.clip(x0, -cut, cut) / cut
+
+
 def denoised(state: State, row: Table, out: Float[Array, "*S"]) -> Float[Array, "*S"]:
     """The clean sample that a network output at state.x stands for."""
     row = _cast(row, state.x.dtype)
-    return row.x0_x * state.x + row.x0_out * out.astype(state.x.dtype)
+    x0 = row.x0_x * state.x + row.x0_out * out.astype(state.x.dtype)
+    return x0 if row.threshold is None else _threshold(x0, row.threshold)
 
 
 def step(state: State, row: Table, out: Float[Array, "*S"], noise: Float[Array, "*S"] | None = None) -> State:
@@ -74,15 +85,19 @@ def step(state: State, row: Table, out: Float[Array, "*S"], noise: Float[Array, 
         noise: standard normal, for stochastic solvers; None adds none.
     """
     dtype = state.x.dtype
-    row, x = _cast(row, dtype), state.x
-    m = row.m_x * x + row.m_out * out.astype(dtype)
+    row, x, out = _cast(row, dtype), state.x, out.astype(dtype)
+    m = row.m_x * x + row.m_out * (out if row.threshold is None else denoised(state, row, out))
     if (c := row.corrector) is not None:
         x = c.x * x + c.last * state.x_last + c.new * m + _mix(c.m, state.history)
-    past = (m, *state.history)
-    following = row.pred_x * x + _mix(row.pred_m, past[: row.pred_m.shape[-1]])
+    past, inner = (m, *state.history), state.predictor
+    if row.predictor is not None and inner is not None:
+        inner = step(inner._replace(x=x), row.predictor, out, noise)
+        following = inner.x
+    else:
+        following = row.pred_x * x + _mix(row.pred_m, past[: row.pred_m.shape[-1]])
     if row.noise is not None and noise is not None:
         following = following + row.noise * noise.astype(dtype)
-    return State(following, None if row.corrector is None else x, past[: len(state.history)], state.carry)
+    return State(following, None if row.corrector is None else x, past[: len(state.history)], inner, state.carry)
 
 
 def draw(key: Array, index, x: Float[Array, "*S"]) -> Float[Array, "*S"]:
@@ -117,7 +132,7 @@ def _output(model: Model | Stateful, state: State, row: Table, extra) -> tuple[A
 
 
 def _noise(key: Array | None, state: State, row: Table) -> Array | None:
-    return None if key is None or row.noise is None else draw(key, row.index, state.x)
+    return draw(key, row.index, state.x) if key is not None and row.stochastic else None
 
 
 def run(

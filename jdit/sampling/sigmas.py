@@ -1,6 +1,7 @@
 """Noise schedules on the host. Functions keep the float width that they are given, as the references' rounding asks."""
 
 import itertools
+import logging
 import math
 
 import numpy as np
@@ -8,6 +9,8 @@ from jaxtyping import Float
 from scipy.special import betaincinv
 
 from jdit.sampling.table import Grid
+
+log = logging.getLogger("jdit")
 
 Sigmas = Float[np.ndarray, "S"]
 SHIFTS = ("exponential", "linear")
@@ -56,23 +59,31 @@ def exponential(first: float, last: float, steps: int) -> Sigmas:
     return np.exp(np.linspace(math.log(first), math.log(last), steps))
 
 
+def uniform_log_snr(first: float, last: float, steps: int) -> Sigmas:
+    """Evenly spaced in lambda (arXiv 2206.00927, section 3.3): `exponential`, of logarithms rounded to float32."""
+    return np.exp(np.linspace(float(np.log(np.float32(first))), float(np.log(np.float32(last))), steps))
+
+
 def beta(first: float, last: float, steps: int, a: float = 0.6, b: float = 0.6) -> Sigmas:
     """Quantiles of a Beta(a, b) distribution (arXiv 2407.12173)."""
     return last + betaincinv(a, b, 1 - np.linspace(0, 1, steps)) * (first - last)
 
 
-SPACINGS = {"use_karras_sigmas": karras, "use_exponential_sigmas": exponential, "use_beta_sigmas": beta}
+SPACINGS = {"use_karras_sigmas": karras, "use_exponential_sigmas": exponential, "use_beta_sigmas": beta,
+            "use_lu_lambdas": uniform_log_snr}  # fmt: skip
 
 
-def betas(kind: str, first: float, last: float, n: int) -> Sigmas:
+def betas(kind: str, first: float, last: float, n: int, *, wide: bool = False) -> Sigmas:
     """Noise added by each of n training steps, float32: "linear", "scaled_linear" (linear in the root) or
-    "squaredcos_cap_v2" (cosine, arXiv 2102.09672, at most 0.999).
+    "squaredcos_cap_v2" (cosine, arXiv 2102.09672, at most 0.999). `wide` keeps "scaled_linear" in float64.
 
     Raises:
         ValueError: another kind.
     """
     if kind == "linear":
         return _linspace32(first, last, n)
+    if kind == "scaled_linear" and wide:
+        return np.linspace(first**0.5, last**0.5, n) ** 2
     if kind == "scaled_linear":
         return _linspace32(first**0.5, last**0.5, n) ** 2
     if kind == "squaredcos_cap_v2":
@@ -94,11 +105,24 @@ def _cumprod32(x: Sigmas) -> Sigmas:
     return np.cumprod(x, dtype=np.float64).astype(np.float32)
 
 
+def _zero_terminal_snr(bar: Sigmas) -> Sigmas:
+    """alpha^2 of every training step, shifted and stretched so that the last is 0 (arXiv 2305.08891, algorithm 1)."""
+    root = np.sqrt(bar)
+    return ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
+
+
 def zero_terminal_snr(betas: Sigmas) -> Sigmas:
-    """Betas shifted and stretched so that the last training step is pure noise (arXiv 2305.08891, algorithm 1)."""
-    root = np.sqrt(_cumprod32(1 - betas))
-    bar = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
+    """Betas of which the last training step is pure noise."""
+    bar = _zero_terminal_snr(_cumprod32(1 - betas))
     return 1 - np.append(bar[:1], bar[1:] / bar[:-1])
+
+
+def shifted_levels(betas: Sigmas, snr_shift: float, *, zero_snr: bool = False) -> Float[np.ndarray, "T"]:
+    """alpha^2 of every training step of CogVideoX (arXiv 2408.06072): the signal-to-noise ratio is divided by
+    `snr_shift`, then the last level is brought to 0. Keeps the float width of `betas`."""
+    bar = np.cumprod(1 - betas) if betas.dtype == np.float64 else _cumprod32(1 - betas)
+    bar = bar / (snr_shift + (1 - snr_shift) * bar)
+    return _zero_terminal_snr(bar) if zero_snr else bar
 
 
 def training_sigmas(betas: Sigmas, *, zero_snr: bool = False) -> Sigmas:
@@ -109,28 +133,50 @@ def training_sigmas(betas: Sigmas, *, zero_snr: bool = False) -> Sigmas:
     return np.sqrt((1 - bar) / bar)
 
 
-def spaced_timesteps(spacing: str, n: int, steps: int, offset: int = 0) -> Float[np.ndarray, "S"]:
-    """Training steps to visit, falling whole numbers (arXiv 2305.08891, table 2), as multistep solvers choose them.
+def spaced_timesteps(
+    spacing: str, n: int, steps: int, offset: int = 0, *, last: int | None = None, to_zero: bool = False
+) -> Float[np.ndarray, "S"]:
+    """Training steps to visit, falling whole numbers (arXiv 2305.08891, table 2).
+
+    For a few counts (61, 103, 121 and 122 of 1000) "trailing" rounds one step more through, at timestep -1, as the
+    reference does: that is logged.
+
+    Args:
+        spacing: "linspace", "leading" or "trailing".
+        n: number of training steps.
+        offset: added with "leading".
+        last: begin below this training step instead of n.
+        to_zero: "linspace" and "leading" visit training step 0, as DDIM does; multistep solvers stop before it.
 
     Raises:
-        ValueError: an unknown spacing, or more steps than there are training steps.
+        ValueError: an unknown spacing, more steps than there are training steps, or an offset beyond them.
     """
-    if steps + (spacing == "leading") > n:
-        raise ValueError(f"steps={steps}: too many for {n} training steps and timestep_spacing={spacing!r}")
+    last = n if last is None else last
+    count = steps if to_zero else steps + 1
+    if steps + (spacing == "leading" and not to_zero) > last:
+        raise ValueError(f"steps={steps}: too many for {last} training steps and timestep_spacing={spacing!r}")
     if spacing == "linspace":
-        return np.linspace(0, n - 1, steps + 1).round()[:0:-1]
+        return np.linspace(0, last - 1, count).round()[::-1][:steps]
     if spacing == "leading":
-        return (np.arange(1, steps + 1) * (n // (steps + 1)))[::-1] + float(offset)
+        timesteps = (np.arange(count) * (last // count))[::-1][:steps] + float(offset)
+        if not 0 <= timesteps[-1] <= timesteps[0] < n:
+            raise ValueError(f"steps_offset={offset}: leads out of the {n} training steps")
+        return timesteps
     if spacing == "trailing":
-        # cut: for some step counts (61 of 1000) rounding lets one more through, at timestep -1
-        return np.arange(n, 0, -n / steps).round()[:steps] - 1
+        timesteps = np.arange(last, 0, -n / steps).round() - 1
+        if len(timesteps) > steps:
+            log.warning("steps=%d: rounding adds a step at timestep -1; one step more or less avoids it", steps)
+        return timesteps
     raise ValueError(f"timestep_spacing={spacing!r} is unknown; there are linspace, leading, trailing")
 
 
 def timestep_of(sigmas: Sigmas, training: Sigmas) -> Sigmas:
     """Fractional training steps of noise levels: linear in log sigma between the training sigmas."""
     log_training, log_sigma = np.log(training), np.log(np.maximum(sigmas, 1e-10))
-    low = np.clip(np.searchsorted(log_training, log_sigma, side="right") - 1, 0, len(training) - 2)
+    reached = log_sigma[:, None] >= log_training
+    # the last one reached: with zero terminal SNR the levels before the last can lie above it, so no binary search
+    low = np.where(reached.any(1), len(training) - 1 - reached[:, ::-1].argmax(1), 0)
+    low = np.minimum(low, len(training) - 2)
     a, b = log_training[low], log_training[low + 1]
     w = np.clip((a - log_sigma) / (a - b), 0, 1)
     return (1 - w) * low + w * (low + 1)
@@ -140,10 +186,10 @@ def diffusion_grid(sigmas: Float[np.ndarray, "S+1"], timesteps: Sigmas) -> Grid:
     """Variance-preserving grid, alpha^2 + sigma^2 = 1, from sigma / alpha rounded to float32.
 
     Raises:
-        ValueError: sigmas that are negative, not finite, or rise.
+        ValueError: sigmas that are negative, not finite, or rise before the final one.
     """
     s = np.asarray(sigmas, np.float32).astype(np.float64)
-    if not (np.isfinite(s) & (s >= 0)).all() or (np.diff(s) > 0).any():
+    if not (np.isfinite(s) & (s >= 0)).all() or (np.diff(s)[:-1] > 0).any():
         raise ValueError(f"sigmas must be finite, at least 0, and not rise: {_excerpt(s)}")
     alpha = 1 / np.sqrt(s**2 + 1)
     return Grid(alpha, s * alpha, np.asarray(timesteps, np.float32))
@@ -158,12 +204,13 @@ def flow_grid(sigmas: Float[np.ndarray, "S+1"], timesteps: Sigmas, *, inverted: 
         inverted: `sigmas` count from noise (0) to sample (1).
 
     Raises:
-        ValueError: sigmas outside [0, 1], or that do not fall (inverted: rise) monotonically.
+        ValueError: sigmas outside [0, 1], or that rise (inverted: fall) before the final one, which may be the smallest
+            training sigma and then lies where it lies.
     """
     s = np.asarray(sigmas, np.float32).astype(np.float64)
     if not ((s >= 0) & (s <= 1)).all():
         raise ValueError(f"sigmas must lie in [0, 1]: {_excerpt(s)}")
-    if (np.diff(s if inverted else -s) < 0).any():
+    if (np.diff(s if inverted else -s)[:-1] < 0).any():
         raise ValueError(f"sigmas must not {'fall' if inverted else 'rise'}: {_excerpt(s)}")
     alpha, sigma = (s, 1 - s) if inverted else (1 - s, s)
     return Grid(alpha, sigma, np.asarray(timesteps, np.float32))

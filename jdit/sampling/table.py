@@ -1,7 +1,8 @@
 """A solver as data: the table of weights that one linear step reads, a row a step.
 
 Every update of a multistep solver is linear in the sample, the previous sample and past predictions, and its weights
-depend on the noise levels alone. They are computed on the host in float64 (`solvers`), and `scan.step` applies them.
+depend on the noise levels alone (docs/sampling.md derives them). They are computed on the host in float64 (`solvers`,
+`multistep`), and `scan.step` applies them.
 Axis S is steps, K the predictions that a predictor sees (the new one first), H the older ones that the state carries.
 """
 
@@ -32,6 +33,14 @@ class Corrector(NamedTuple):
     m: Float[Numbers, "S H"]
 
 
+class Threshold(NamedTuple):
+    """Dynamic thresholding (arXiv 2205.11487, section 2.3): a sample's x0 is cut at the `ratio` quantile of its
+    magnitudes, itself kept between 1 and `most`, and divided by it."""
+
+    ratio: Float[Numbers, "S"]
+    most: Float[Numbers, "S"]
+
+
 class Table(NamedTuple):
     """Weights of a solver, leading axis S; a row of it (`row`) has scalars and (K,) vectors.
 
@@ -42,7 +51,9 @@ class Table(NamedTuple):
         next = pred_x x + pred_m[0] m + pred_m[1] m1 + ... + noise z
 
     where the corrector line or the noise is left out if it is None. m is whatever the solver extrapolates: clean
-    sample, noise or velocity. Being None is part of the structure, hence of a jit key; numbers never are.
+    sample, noise or velocity. With `threshold`, `out` stands for the thresholded x0. With `predictor` the last line is
+    another solver's whole step from the corrected x, run with a state of its own. Being None is part of the structure,
+    hence of a jit key; numbers never are.
     """
 
     index: Int[Numbers, "S"]  # position in the run
@@ -57,6 +68,13 @@ class Table(NamedTuple):
     pred_m: Float[Numbers, "S K"]
     corrector: Corrector | None = None
     noise: Float[Numbers, "S"] | None = None
+    threshold: Threshold | None = None
+    predictor: "Table | None" = None
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether a step takes noise."""
+        return self.noise is not None or (self.predictor is not None and self.predictor.stochastic)
 
     @property
     def steps(self) -> int:

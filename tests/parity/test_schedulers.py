@@ -9,75 +9,22 @@ from jdit import sampling
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
+from util_schedulers import (  # noqa: E402, F401
+    EULER,
+    SHAPE,
+    UNIPC,
+    A,
+    error,
+    exact_roots,
+    network,
+    noise,
+    reference,
+)  # fmt: skip
+
 pytestmark = pytest.mark.torch
 
-EULER, UNIPC = "FlowMatchEulerDiscreteScheduler", "UniPCMultistepScheduler"
 FLOW = {"_class_name": UNIPC, "use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
-SHAPE = (2, 3, 5)
-A = np.random.default_rng(0).normal(size=(5, 5)).astype(np.float32) / 4
-
-
-def network(xp, matrix):
-    # cos(t / 10): a timestep that is off by one shows
-    return lambda x, t: xp.tanh(x @ matrix + xp.cos(t / 10)) - 0.3 * xp.sin(2 * x) + 0.2 * x
-
-
 jax_network = network(jnp, A)
-
-
-@pytest.fixture(autouse=True)
-def exact_roots(monkeypatch):
-    """torch's vectorised float32 square root is off by an ulp in a fifth of the cases, machine by machine; schedules
-    that end in pure noise blow that up to 1e-3. Rounded correctly, the reference is one."""
-    root = torch.Tensor.sqrt
-    monkeypatch.setattr(torch.Tensor, "sqrt", lambda s: root(s.double()).to(s.dtype))
-    power = torch.Tensor.__pow__
-    monkeypatch.setattr(torch.Tensor, "__pow__", lambda s, n: s.sqrt() if n == 0.5 else power(s, n))
-
-
-def reference(config, steps, x, *, mu=None, sigmas=None, begin=0, noises=None, clean_end=False, dtype=torch.float32):
-    """diffusers' loop.
-
-    noises: replaces what a stochastic scheduler draws. clean_end: take the last x0 prediction itself, for settings
-    whose last step upstream is 0 times infinity.
-    """
-    kwargs = {k: v for k, v in config.items() if k != "_class_name"}
-    torch.set_default_dtype(dtype)
-    try:
-        scheduler = getattr(diffusers, config["_class_name"])(**kwargs)
-        scheduler.set_timesteps(steps, **{k: v for k, v in {"mu": mu, "sigmas": sigmas}.items() if v is not None})
-        assert len(scheduler.timesteps) == steps
-        scheduler.sigmas = scheduler.sigmas.to(dtype)
-        # without it the scheduler searches its own timesteps, and starts a step late where the first one is repeated
-        scheduler.set_begin_index(begin)
-        sample, model = torch.tensor(x, dtype=dtype), network(torch, torch.tensor(A, dtype=dtype))
-        module = __import__(type(scheduler).__module__, fromlist=["randn_tensor"])
-        draws = iter(() if noises is None else noises)
-        with pytest.MonkeyPatch.context() as patch:
-            if noises is not None:
-                patch.setattr(module, "randn_tensor", lambda *a, **k: torch.tensor(next(draws)))
-            for i, t in enumerate(scheduler.timesteps[begin:], begin + 1):
-                out = model(sample, t)
-                if clean_end and i == steps:
-                    scheduler._step_index = steps - 1
-                    sample = scheduler.convert_model_output(out, sample=sample)
-                else:
-                    sample = scheduler.step(out, t, sample, return_dict=False)[0]
-        return sample.numpy(), scheduler
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
-def noise(seed=1, shape=SHAPE):
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-
-
-def error(a, b):
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    assert np.isfinite(b).all()
-    return np.linalg.norm(a - b) / np.linalg.norm(b)
-
-
 solve = jax.jit(lambda x, table: sampling.solve(jax_network, x, table))
 
 
@@ -247,7 +194,7 @@ def test_unipc_karras():
 
 
 def test_training_sigmas_are_equal():
-    from jdit.sampling.config import _UNIPC, _training_sigmas
+    from jdit.sampling.schedulers import _UNIPC, _training_sigmas
 
     for fields in ({}, {"beta_schedule": "scaled_linear", **BETAS}, {"beta_schedule": "squaredcos_cap_v2"}, TRAINED):
         for zero in (False, True):
