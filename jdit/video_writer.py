@@ -68,10 +68,7 @@ class VideoWriter:
             raise ValueError(f"{path}: crf={crf} (0 to 51), height={height}, width={width} (1 to 8192)")
         self.num_frames, self._segments, self._bytes = 0, 0, 0
         self._format = MOVIES[self.path.suffix.lower()]
-        self._options = {
-            "crf": str(crf),
-            **({"bf": "0"} if growing else {}),
-        }  # no B-frames: a segment ends where it ends
+        self._options = {"crf": str(crf)} | ({"bf": "0"} if growing else {})  # no B-frame reaches past its segment
         self._growing, self._keep = growing, keep_partial or growing
         if height % 2 or width % 2:
             even = f"{height + height % 2} x {width + width % 2}"
@@ -126,12 +123,12 @@ class VideoWriter:
                 interpolation=EXACT,
             )
             frame.pts, frame.time_base = i, 1 / self.fps
-            _mux(container, stream, frame)
+            container.mux(stream.encode(frame))
 
     def _close(self, container: OutputContainer, stream: av.VideoStream, whole: bool = True):
         with container:
             if whole:
-                _mux(container, stream, None)
+                container.mux(stream.encode(None))
 
     def _append(self, frames: np.ndarray):
         """One segment: an encoder of its own, one fragment, appended in one go or not at all."""
@@ -156,12 +153,6 @@ class VideoWriter:
                 partial.write_bytes(data)
         self._bytes += len(data)
         self._segments += 1
-
-
-def _mux(container: OutputContainer, stream: av.VideoStream, frame: VideoFrame | None):
-    for packet in stream.encode(frame):
-        packet.duration = 1  # in packet.time_base, 1 / fps
-        container.mux(packet)
 
 
 def _header(data: bytes) -> int:

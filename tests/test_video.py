@@ -173,7 +173,10 @@ def test_files_that_are_no_videos(tmp_path):
     whole = write_video(waves(40), tmp_path / "a.mp4", 24).read_bytes()
     gif = write_video(waves(), tmp_path / "a.gif", 10).read_bytes()
     bad = tmp_path / "bad.mp4"
-    playlist = b"#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:9,\na.mp4\n"
+    playlist = b"ffconcat version 1.0\nfile a.mp4\n"
+    with av.open(tmp_path / "a.mp4") as f:
+        last = list(f.streams.video[0].index_entries)[-1]
+        last = (last.pos, last.size)  # while the file is open: an entry points into it
     for data, what in [
         (b"", "is empty"),
         (b"no video at all\n" * 90, "is not a video that can be read"),
@@ -200,8 +203,11 @@ def test_files_that_are_no_videos(tmp_path):
         video.video(tmp_path / "none.mp4")
     with pytest.raises(ValueError, match="is a folder"):
         video.video(tmp_path)
-    for at in (len(whole) * 2 // 3, len(whole) - 99):
-        bad.write_bytes(whole[:at] + bytes(99) + whole[at + 99 :])
+    for at, n in (
+        (len(whole) * 2 // 3, 99),
+        last,
+    ):  # the decoder tells of the first, not of the second
+        bad.write_bytes(whole[:at] + bytes(n) + whole[at + n :])
         with pytest.raises(ValueError, match=r"bad\.mp4 is damaged: [0-9]+ of its 40 frames can be read"):
             video.video(bad)
 
@@ -281,6 +287,11 @@ def test_a_growing_file_plays_after_each_segment(tmp_path):
             n += len(piece)
             back = video.video(path)
             assert far(back.frames, waves(10)[:n]) < 2.5 and back.fps == 16
+            with av.open(path) as f:
+                assert [frame.time * 16 for frame in f.decode(video=0)] == list(range(n))
+                assert f.streams.video[0].duration * f.streams.video[0].time_base == Fraction(n, 16)
+        numbers = [int.from_bytes(x[4:8]) for x in path.read_bytes().split(b"mfhd")[1:]]
+        assert numbers == [1, 2, 3]  # of the fragments
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
@@ -325,18 +336,21 @@ def test_a_kill_leaves_whole_segments(tmp_path):
 
 
 def test_a_failed_append_is_taken_back(tmp_path, monkeypatch):
+    class Full(io.FileIO):
+        def write(self, data):
+            super().write(data[:50])
+            raise OSError("disk full")
+
     path = tmp_path / "a.mp4"
-    with pytest.raises(OSError, match="disk full"), VideoWriter(path, 16, 48, 64, growing=True) as writer:
+    with VideoWriter(path, 16, 48, 64, growing=True) as writer:
         writer.write(waves(5))
-
-        class Full(io.FileIO):
-            def write(self, data):
-                super().write(data[:50])
-                raise OSError("disk full")
-
-        monkeypatch.setattr("jdit.video_writer.open", Full, raising=False)
-        writer.write(waves(3))
-    assert len(video.video(path).frames) == 5
+        before = path.read_bytes()
+        with monkeypatch.context() as m, pytest.raises(OSError, match="disk full"):
+            m.setattr("jdit.video_writer.open", Full, raising=False)
+            writer.write(waves(3))
+        assert path.read_bytes() == before
+        writer.write(waves(7)[5:])
+    assert far(video.video(path).frames, waves(7)) < 2.5
 
 
 def test_resampling():
