@@ -1,6 +1,7 @@
 """Guidance: closed forms, properties, what runs when, and what is compiled when."""
 
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -165,7 +166,7 @@ def test_projected_in_the_space_of_clean_samples():
     """Guiding a network's x0 predictions, and turning the result back, is the same as `clean`."""
     x, table = noise(), sampling.from_config(EULER, 7)
     a, b = (np.float32(w[2]) for w in (table.x0_x, table.x0_out))
-    terms = {"eta": 0.2, "threshold": 3.0, "momentum": -0.5}
+    terms: dict[str, Any] = {"eta": 0.2, "threshold": 3.0, "momentum": -0.5}
     in_place = guided(separate(negative, positive), projected(4.0, clean=lambda row: row, **terms))
     to_clean = lambda model: lambda x, t, row: a * x + b * model(x, t)
     expected = guided(separate(to_clean(negative), to_clean(positive)), projected(4.0, **terms))
@@ -215,7 +216,6 @@ def test_stateful_models_are_guided_too():
 
     table, x = sampling.from_config(EULER, 5), noise()
     by_row = lambda model: lambda x, t, n: model(x, t) + 0.1 * n
-    terms = lambda: (projected(3.0, momentum=-0.5), away_from(negative, 0.5))
     expected = sampling.solve(
         guided(separate(by_row(negative), by_row(positive)), projected(3.0, momentum=-0.5),
                away_from(by_row(negative), 0.5)), x, table, per_step=np.arange(5.0)
@@ -325,10 +325,18 @@ def test_strengths_by_row_and_by_sample():
         return negative(x, t) + scale * (positive(x, t) - negative(x, t))
 
     assert_close(found, sampling.solve(expected, x, table, per_step=scales), 1e-6)
-    for name, chain in CHAINS.items():
+    for chain in CHAINS.values():
         found = predict(guided(one_batch(both), *chain(each)))
         for i, scale in enumerate(each):
-            assert_close(found[i], predict(guided(one_batch(both), *chain(scale)))[i], 1e-6), name
+            assert_close(found[i], predict(guided(one_batch(both), *chain(scale)))[i], 1e-6)
+
+
+def test_columns_of_flags():
+    """Of an interval of levels the upper end counts, of a range of steps the lower one."""
+    assert within(np.array([3.0, 2.0, 1.0, 0.5]), 0.5, 2.0).tolist() == [False, True, True, False]
+    assert jax.jit(within)(jnp.arange(4), 0, 2).tolist() == [False, True, True, False]
+    assert sampling.step_range(10, 0.25, 0.79).tolist() == [2 <= i < 7 for i in range(10)]
+    assert sampling.step_range(3).all() and not sampling.step_range(3, 0.5, 0.5).any()
 
 
 def test_dynamic_scale():

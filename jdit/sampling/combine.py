@@ -8,11 +8,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from jdit.sampling.scan import Stateful
 
-Strength = float | Float[Array, ""] | Float[Array, "B"] | Callable[..., Any]  # the last: of the row of per_step
+Strength = float | Array | np.ndarray | Callable[..., Any]  # a number, one a sample (B,), or of the row of per_step
 Term = Callable[..., Array]
 
 

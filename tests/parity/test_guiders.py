@@ -19,6 +19,7 @@ from jdit.sampling import (
     one_batch,
     projected,
     rescaled,
+    scan,
     separate,
     step_range,
     zero_init,
@@ -74,7 +75,7 @@ def ours(*terms, flags=None, zeros=None, layers=None):
     model = zero_init(guided(one_batch(batch), *terms, active=lambda row: row["on"]), lambda row: row["zero"])
 
     def spied(carry, x, t, row):
-        out, carry = sampling.scan.call(model, carry, x, t, row)
+        out, carry = scan.call(model, carry, x, t, row)
         jax.debug.callback(lambda i, o: seen.append((int(i), o)), row["i"], out)
         return out, carry
 
@@ -82,8 +83,8 @@ def ours(*terms, flags=None, zeros=None, layers=None):
         "uncond": UNCOND, "cond": COND, "skip": SKIPPED, "on": flags, "zero": zeros, "i": np.arange(STEPS),
         "layers": np.zeros(STEPS, bool) if layers is None else layers[1],
     }  # fmt: skip
-    stateful = sampling.Stateful(lambda x: sampling.scan.begin(model, x), spied)
-    sampling.solve(stateful, np.zeros(SHAPE, np.float32), sampling.from_config(EULER, STEPS), per_step=rows)
+    stateful = sampling.Stateful(lambda x: scan.begin(model, x), spied)
+    sampling.solve(stateful, jnp.zeros(SHAPE), sampling.from_config(EULER, STEPS), per_step=rows)
     jax.effects_barrier()
     return np.stack([o for _, o in sorted(seen, key=lambda p: p[0])])
 
@@ -124,7 +125,7 @@ def test_sums_of_a_full_size_video():
         ({"guidance_scale": 3.0, "use_original_formulation": True}, (linear(4.0),)),
         ({"guidance_scale": 1.0}, (linear(1.0),)),
     ],
-    ids=str,
+    ids=["plain", "interval", "original", "one"],
 )
 def test_classifier_free(arguments, terms):
     flags = step_range(STEPS, arguments.get("start", 0.0), arguments.get("stop", 1.0))
