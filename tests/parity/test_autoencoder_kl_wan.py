@@ -37,10 +37,11 @@ KINDS = {
         base_dim=6, decoder_base_dim=5, z_dim=3, dim_mult=[1, 3], temperal_downsample=[True], attn_scales=[0.5, 1.0],
         in_channels=4, out_channels=2, scale_factor_spatial=2, scale_factor_temporal=2, dropout=0.1, patch_size=1,
     ),
-    # more values than changes of resolution: the encoder reads the list from its start, the decoder from its end
+    # more values than changes of resolution: the encoder reads the list from its start, the decoder from its end; and
+    # a level that doubles the frames while it halves the channels
     "unequal": dict(
-        base_dim=4, z_dim=3, dim_mult=[2, 1, 1], temperal_downsample=[True, True, False], is_residual=True,
-        num_res_blocks=1, scale_factor_spatial=4,
+        base_dim=4, z_dim=3, dim_mult=[1, 1, 2, 2], temperal_downsample=[False, True, True, False], is_residual=True,
+        num_res_blocks=1,
     ),
     "patched": dict(
         base_dim=4, z_dim=4, dim_mult=[1, 1], temperal_downsample=[True], num_res_blocks=1, scale_factor_spatial=4,
@@ -154,7 +155,7 @@ def test_whole(pair):
 
 # a grid of pictures, and a row of videos; a number of tile shapes that compiles in seconds
 TILED = {
-    "patched": (Tiles(16, 12, 12, 8), 1, (40, 48), (1, 5, 6)),
+    "patched": (Tiles(20, 12, 12, 8), 1, (40, 48), (1, 5, 6)),
     "attention": (Tiles(8, 8, 6, 6), 5, (6, 14), (2, 3, 7)),
 }
 
