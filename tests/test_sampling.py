@@ -15,6 +15,12 @@ UNIPC = {
     "flow_shift": 3.0, "solver_order": 3,
 }  # fmt: skip
 DIFFUSION = {"_class_name": "UniPCMultistepScheduler", "prediction_type": "v_prediction", "solver_order": 3}
+DPM = {"_class_name": "DPMSolverMultistepScheduler", "prediction_type": "v_prediction", "solver_order": 3}
+SDE = {**DPM, "algorithm_type": "sde-dpmsolver++", "solver_order": 2}
+COG = {"_class_name": "CogVideoXDDIMScheduler", "prediction_type": "v_prediction", "rescale_betas_zero_snr": True,
+       "timestep_spacing": "trailing"}  # fmt: skip
+COG_DPM = {**COG, "_class_name": "CogVideoXDPMScheduler"}
+NESTED = {**DIFFUSION, "solver_p": SDE}
 
 
 def noise(seed=0, shape=(3, 4, 5)):
@@ -44,6 +50,10 @@ def assert_close(a, b, tolerance):
         ({**UNIPC, "prediction_type": "sample"}, lambda x0, z, a, s: x0),
         (DIFFUSION, lambda x0, z, a, s: a * z - s * x0),
         ({**DIFFUSION, "prediction_type": "epsilon", "predict_x0": False}, lambda x0, z, a, s: z),
+        (DPM, lambda x0, z, a, s: a * z - s * x0),
+        ({**DPM, "solver_type": "heun", "solver_order": 2}, lambda x0, z, a, s: a * z - s * x0),
+        ({**COG, "timestep_spacing": "leading"}, lambda x0, z, a, s: a * z - s * x0),
+        ({**DIFFUSION, "solver_p": DPM}, lambda x0, z, a, s: a * z - s * x0),
     ],
     ids=lambda c: None if callable(c) else "-".join(str(v) for v in list(c.values())[:3]),
 )
@@ -124,7 +134,11 @@ def test_euler_converges_with_order_1():
 # The loop
 
 
-@pytest.mark.parametrize("config", [EULER, STOCHASTIC, UNIPC, DIFFUSION], ids=["euler", "stochastic", "unipc", "vp"])
+@pytest.mark.parametrize(
+    "config",
+    [EULER, STOCHASTIC, UNIPC, DIFFUSION, DPM, SDE, COG, COG_DPM, {**DPM, "thresholding": True}, NESTED],
+    ids=["euler", "stochastic", "unipc", "vp", "dpm", "sde", "ddim", "cogvideox dpm", "threshold", "nested"],
+)
 @pytest.mark.parametrize("steps", [1, 2, 13])
 def test_scan_equals_host_loop(config, steps):
     table, x, key = sampling.from_config(config, steps), noise(), jax.random.key(3)
@@ -133,7 +147,8 @@ def test_scan_equals_host_loop(config, steps):
     progress = list(sampling.iterate(guided, x, table, key=key, per_step=rows))
     assert [p.index for p in progress] == list(range(steps)) and progress[0].steps == steps
     assert_close(sampling.solve(guided, x, table, key=key, per_step=rows), progress[-1].x, 1e-6)
-    if config is not STOCHASTIC:  # the last step of a deterministic solver is its x0
+    # the last step leads to noise level 0 and is x0; CogVideoX's may end before it, and solver_p has an x0 of its own
+    if config not in (COG, COG_DPM, NESTED):
         assert_close(progress[-1].x0, progress[-1].x, 1e-6)
 
 
@@ -187,7 +202,7 @@ def test_the_program_does_not_grow_with_steps():
         table = sampling.from_config(config, steps)
         return len(jax.jit(lambda x, t: sampling.solve(model, x, t)).lower(noise(), table).as_text().splitlines())
 
-    for config in (EULER, UNIPC):
+    for config in (EULER, UNIPC, DPM, COG_DPM, NESTED):
         assert size(config, 5) == size(config, 50)
 
 
@@ -200,6 +215,32 @@ def test_callbacks_are_compiled_out():
     jax.jit(lambda x: sampling.solve(model, x, table, on_step=on_step))(noise()).block_until_ready()
     jax.effects_barrier()
     assert seen == [(i, 6) for i in range(6)]
+
+
+def test_a_preview_is_what_iteration_yields():
+    table, x, seen = sampling.from_config(UNIPC, 5), noise(), []
+    on_step = lambda i, n, x0: seen.append((i, n, x0))
+    jax.jit(lambda x: sampling.solve(model, x, table, on_step=on_step, preview=True))(x).block_until_ready()
+    jax.effects_barrier()
+    progress = list(sampling.iterate(model, x, table))
+    assert [s[:2] for s in seen] == [(p.index, p.steps) for p in progress]
+    for (_, _, x0), p in zip(seen, progress):
+        assert isinstance(x0, np.ndarray)
+        assert_close(x0, p.x0, 1e-5)
+
+
+def test_what_a_listener_raises_stops_the_run():
+    table, seen = sampling.from_config(UNIPC, 30), []
+
+    def on_step(i, n):
+        seen.append(i)
+        if i == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        jax.jit(lambda x: sampling.solve(model, x, table, on_step=on_step))(noise()).block_until_ready()
+        jax.effects_barrier()
+    assert len(seen) < 30
 
 
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
@@ -215,7 +256,10 @@ def test_eight_devices_equal_one():
     assert_close(result, solve(x), 1e-6)
 
 
-@pytest.mark.parametrize("config", [EULER, STOCHASTIC, UNIPC], ids=["euler", "stochastic", "unipc"])
+@pytest.mark.parametrize(
+    "config", [EULER, STOCHASTIC, UNIPC, SDE, COG_DPM, {**SDE, "thresholding": True, "sample_max_value": 2.0}, NESTED],
+    ids=["euler", "stochastic", "unipc", "sde", "cogvideox dpm", "threshold", "nested"],
+)  # fmt: skip
 def test_batch_equals_singles(config):
     table, x, keys = sampling.from_config(config, 7), noise(), jax.random.split(jax.random.key(0), 3)
     whole = sampling.solve(model, x, table, key=keys)
@@ -257,6 +301,7 @@ def test_beginning_late(config):
 
 def test_start_index():
     assert [sampling.start_index(20, s) for s in (1.0, 0.6, 0.5, 0.05)] == [0, 8, 10, 19]
+    assert sampling.start_index(21, 0.7) == 6 and sampling.start_index(21, 0.7, whole=True) == 7
     for strength in (-0.1, 1.1, 0.0):
         with pytest.raises(ValueError, match="strength"):
             sampling.start_index(20, strength)
@@ -268,7 +313,15 @@ def test_other_solver():
     back = sampling.with_solver(unipc, "euler")
     assert_close(sampling.from_config(back, 9).sigma, sampling.from_config(EULER, 9).sigma, 1e-12)
     assert sampling.with_solver(UNIPC, "unipc") == UNIPC
-    for config, solver in ((EULER, "ddim"), (STOCHASTIC, "unipc"), (DIFFUSION, "euler")):
+    dpm = sampling.with_solver(EULER, "dpmpp")
+    assert dpm["use_flow_sigmas"] and dpm["flow_shift"] == 3.0 and sampling.from_config(dpm, 9).steps == 9
+    same = sampling.with_solver({**DIFFUSION, "beta_schedule": "scaled_linear"}, "dpmpp")
+    assert_close(sampling.from_config(same, 9).sigma,
+                 sampling.from_config({**DIFFUSION, "beta_schedule": "scaled_linear"}, 9).sigma, 1e-12)  # fmt: skip
+    assert sampling.with_solver(COG, "dpm") == COG_DPM and sampling.with_solver(COG_DPM, "ddim") == COG
+    clipped, terminal = {**DPM, "lambda_min_clipped": -5.0}, {**EULER, "shift_terminal": 0.1}
+    for config, solver in ((EULER, "ddim"), (STOCHASTIC, "unipc"), (DIFFUSION, "euler"), (COG, "unipc"), (COG, "pndm"),
+                           (clipped, "unipc"), (terminal, "dpmpp"), (NESTED, "dpmpp")):  # fmt: skip
         with pytest.raises(ValueError, match=f"solver='{solver}'"):
             sampling.with_solver(config, solver)
 
@@ -314,6 +367,30 @@ def test_other_solver():
         (DIFFUSION, {"shift": 2.0}, "shift=2.0 has no effect"),
         (DIFFUSION, {"sigmas": np.linspace(1, 0.1, 5)}, "sigmas"),
         (DIFFUSION, {"steps": 1001}, "steps=1001"),
+        ({**DIFFUSION, "thresholding": True, "dynamic_thresholding_ratio": 2}, {}, "dynamic_thresholding_ratio=2"),
+        ({**DIFFUSION, "thresholding": True, "sample_max_value": 0}, {}, "sample_max_value=0"),
+        ({**DIFFUSION, "solver_p": {**DPM, "timestep_spacing": "trailing"}}, {}, "solver_p: its timesteps"),
+        ({**DIFFUSION, "solver_p": {**DPM, "solver_order": 0}}, {}, "solver_p: solver_order=0"),
+        ({**DIFFUSION, "timestep_spacing": "leading", "steps_offset": 900}, {}, "steps_offset=900"),
+        ({**DPM, "solver_order": 4}, {}, "solver_order=4.*from 1 to 3"),
+        ({**SDE, "algorithm_type": "sde-dpmsolver", "final_sigmas_type": "sigma_min", "solver_order": 3}, {}, "to 2"),
+        ({**DPM, "algorithm_type": "dpm"}, {}, "algorithm_type='dpm'.*'sde-dpmsolver'"),
+        ({**DPM, "algorithm_type": "dpmsolver"}, {}, "final_sigmas_type='zero'.*'sigma_min'"),
+        ({**DPM, "solver_type": "euler"}, {}, "solver_type='euler'.*'heun'"),
+        ({**DPM, "variance_type": "learned"}, {}, "variance_type='learned'"),
+        ({**DPM, "use_karras_sigmas": True, "use_lu_lambdas": True}, {}, "use_karras_sigmas, use_lu_lambdas"),
+        ({**DPM, "use_flow_sigmas": True, "use_beta_sigmas": True}, {}, "use_beta_sigmas=True"),
+        ({**DPM, "use_flow_sigmas": True, "use_dynamic_shifting": True}, {}, "mu is missing"),
+        ({**DPM, "lambda_min_clipped": 50}, {}, "lambda_min_clipped=50"),
+        (DPM, {"sigmas": np.linspace(1, 0.1, 5)}, "takes no sigmas"),
+        (COG, {"sigmas": np.linspace(1, 0.1, 5)}, "take no sigmas"),
+        (COG, {"shift": 2.0}, "shift=2.0 has no effect"),
+        (COG, {"mu": 2.0}, "mu=2.0 has no effect"),
+        ({**COG, "prediction_type": "epsilon"}, {}, "prediction_type='epsilon'.*rescale_betas_zero_snr"),
+        ({**COG, "prediction_type": "flow_prediction"}, {}, "prediction_type='flow_prediction'"),
+        ({**COG, "snr_shift_scale": 0}, {}, "snr_shift_scale=0"),
+        ({**COG, "timestep_spacing": "odd"}, {}, "timestep_spacing='odd'"),
+        (COG, {"steps": 1001}, "steps=1001"),
     ],
     ids=lambda v: v if isinstance(v, str) else "",
 )

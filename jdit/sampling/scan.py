@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
@@ -142,6 +143,7 @@ def run(
     *,
     key: Array | None = None,
     on_step: OnStep | None = None,
+    preview: bool = False,
     per_step: Any = None,
     total: int | None = None,
 ) -> State:
@@ -155,9 +157,12 @@ def run(
 
     def body(state: State, xs) -> tuple[State, None]:
         row, extra = xs
-        out, state = _output(model, state, row, extra)
-        state = step(state, row, out, _noise(key, state, row))
-        if on_step is not None:
+        out, before = _output(model, state, row, extra)
+        state = step(before, row, out, _noise(key, before, row))
+        if on_step is not None and preview:
+            show = lambda i, x0, call=on_step: call(int(i), total, np.asarray(x0))
+            jax.debug.callback(show, row.index, denoised(before, row, out))
+        elif on_step is not None:
             # the pixel ties the call to the end of the step; without it XLA may call before the network has run
             pixel = state.x[(0,) * state.x.ndim]
             jax.debug.callback(lambda i, _, call=on_step: call(int(i), total), row.index, pixel)
@@ -173,6 +178,7 @@ def solve(
     *,
     key: Array | None = None,
     on_step: OnStep | None = None,
+    preview: bool = False,
     per_step: Any = None,
 ) -> Float[Array, "*S"]:
     """Sample: one `lax.scan` over the rows of a table.
@@ -184,7 +190,9 @@ def solve(
         table: from `from_config`; may be an argument of the surrounding jit, so that other sigmas do not recompile.
         key: for stochastic solvers, one key or one for each sample; None adds no noise.
         on_step: called on the host after every step with (index from 0, number of steps); nothing is compiled for
-            None. Calls are asynchronous: `jax.effects_barrier()` waits for them. For previews, or to stop, `iterate`.
+            None. Calls are asynchronous: `jax.effects_barrier()` waits for them. What it raises stops the run at that
+            step, as an error of the device's; to stop and keep the sample, leave a loop over `iterate`.
+        preview: on_step is also given the step's predicted clean sample, a NumPy array.
         per_step: pytree with leading axis S (modulation tables, flags), one row a step.
 
     Returns:
@@ -194,7 +202,8 @@ def solve(
         ValueError: per_step or key of a wrong length.
     """
     _check_rows(table, per_step)
-    return run(model, init(x, table), table, key=key, on_step=on_step, per_step=per_step).x.astype(x.dtype)
+    state = run(model, init(x, table), table, key=key, on_step=on_step, preview=preview, per_step=per_step)
+    return state.x.astype(x.dtype)
 
 
 _host_step = jax.jit(lambda state, row, out, noise: (step(state, row, out, noise), denoised(state, row, out)))
