@@ -1,4 +1,4 @@
-"""Solvers as tables: closed forms, convergence orders, and what is compiled when."""
+"""Solvers as tables: closed forms, the loop, and what is compiled when. Orders of convergence: test_orders."""
 
 import jax
 import jax.numpy as jnp
@@ -87,48 +87,6 @@ def test_predictions_agree():
         for to, expected in ((to_x0, x0), (to_noise, z)):
             on_x, on_out = to(prediction, a, s)
             np.testing.assert_allclose(on_x * y + on_out * out, expected, rtol=1e-9, atol=1e-9)
-
-
-def gaussian(n):
-    """A grid uniform in log-SNR, the exact velocity of Gaussian data, and the exact end of its flow."""
-    mean, std = 0.7, 0.4
-    lam = np.linspace(-2.5, 2.5, n + 1)
-    sigma = 1 / (1 + np.exp(lam))
-    alpha = 1 - sigma
-
-    def velocity(x, t, level):
-        a = 1 - level
-        x0 = mean + a * std**2 / (a**2 * std**2 + level**2) * (x - a * mean)
-        return (x - x0) / level
-
-    x = np.linspace(-2, 2, 9)
-    spread = np.sqrt(alpha**2 * std**2 + sigma**2)
-    exact = alpha[-1] * mean + spread[-1] / spread[0] * (x - alpha[0] * mean)
-    return sampling.Grid(alpha, sigma, sigma[:-1] * 1000), velocity, x, exact
-
-
-def order(build):
-    errors, counts = [], (20, 40, 80)
-    with jax.enable_x64(True):
-        for n in counts:
-            grid, velocity, x, exact = gaussian(n)
-            table = build(grid)
-            errors.append(np.linalg.norm(sampling.solve(velocity, x, table, per_step=table.sigma) - exact))
-    return -np.polyfit(np.log(counts), np.log(errors), 1)[0]
-
-
-@pytest.mark.parametrize("variant", ["bh1", "bh2"])
-@pytest.mark.parametrize("p", [1, 2, 3])
-def test_unipc_converges_with_its_order(variant, p):
-    found = order(lambda g: sampling.unipc(g, order=p, variant=variant, lower_order_final=False))
-    assert found > p + 0.65  # the corrector adds an order
-    predictor = order(lambda g: sampling.unipc(g, order=p, variant=variant, lower_order_final=False,
-                                               disable_corrector=tuple(range(200))))  # fmt: skip
-    assert predictor > min(p, 2) - 0.3  # the first step, of order 1, holds the third order back
-
-
-def test_euler_converges_with_order_1():
-    assert order(sampling.euler) == pytest.approx(1, abs=0.1)
 
 
 # The loop
