@@ -146,7 +146,7 @@ def description(source: Source) -> dict[str, Any]:
     return {
         "family": source.family, "variant": source.variant,
         "configs": {n: registry.describe(p.cfg) for n, p in source.parts.items()},
-        "scheduler": dict(source.scheduler), "plan": dataclasses.asdict(source.plan),
+        "scheduler": dict(source.scheduler), "plan": dataclasses.asdict(source.plan), "settings": source.settings,
     }  # fmt: skip
 
 
@@ -197,7 +197,10 @@ def _back(path: Path, dst: Path, to: str, dtype, only: set[str], overwrite: bool
     if to == "original":
         return _to_original(meta, configs, stored, dst, dtype, overwrite, check, progress)
     family = registry.FAMILIES[meta["family"]]
-    index: dict[str, Any] = {"_class_name": family.pipelines[0], "_diffusers_version": "0.42.1"}
+    settings = dict(meta.get("settings", {}))
+    processor = settings.pop("image_processor", None)
+    pipeline = family.pipeline(configs) if family.pipeline else family.pipelines[0]
+    index: dict[str, Any] = {"_class_name": pipeline, "_diffusers_version": "0.42.1", **settings}
     with whole(dst, overwrite=overwrite) as part:
         for n, upstream_class in family.components.items():
             if n not in configs:
@@ -218,6 +221,11 @@ def _back(path: Path, dst: Path, to: str, dtype, only: set[str], overwrite: bool
                 index[n] = ["transformers", upstream_class]
             else:
                 index[n] = [None, None]
+        if processor is not None:
+            (part / "image_processor").mkdir()
+            text = json.dumps(processor, indent=2) + "\n"
+            write_file(part / "image_processor" / "preprocessor_config.json", text)
+            index["image_processor"] = ["transformers", "CLIPImageProcessor"]
         (part / "scheduler").mkdir()
         write_file(part / "scheduler" / "scheduler_config.json", json.dumps(meta["scheduler"], indent=2) + "\n")
         index["scheduler"] = ["diffusers", meta["scheduler"]["_class_name"]]

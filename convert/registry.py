@@ -1,7 +1,7 @@
 """What is known: upstream's component classes, the families' pipelines, and how single files are told apart."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from convert import autoencoder_kl as kl
@@ -67,12 +67,18 @@ class Family(NamedTuple):
         components: our component names and the class each is written back as.
         tokenizers: names of the tokenizer folders and the class each is written back as.
         scheduler: the scheduler config of releases that carry none (single files).
+        settings: fields of model_index.json that say how the pipeline is run.
+        guess: our configs -> those settings, for releases that carry none.
+        pipeline: our configs -> the pipeline class to be written back, where it is not the first.
     """
 
     pipelines: tuple[str, ...]
     components: dict[str, str]
     tokenizers: dict[str, str]
     scheduler: dict[str, Any]
+    settings: tuple[str, ...] = ()
+    guess: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
+    pipeline: Callable[[Mapping[str, Any]], str] | None = None
 
 
 FAMILIES: dict[str, Family] = {
@@ -97,6 +103,7 @@ FAMILIES: dict[str, Family] = {
             "_class_name": "UniPCMultistepScheduler", "num_train_timesteps": 1000, "solver_order": 2,
             "prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 5.0,
         },
+        ("boundary_ratio", "expand_timesteps"), wan.settings, wan.pipeline,
     ),
 }  # fmt: skip
 
@@ -142,6 +149,7 @@ _WAN_TRANSFORMER = Original(
 )
 _WAN = {
     "transformer": _WAN_TRANSFORMER, "transformer_2": _WAN_TRANSFORMER,
+    "vae": Original("AutoencoderKLWan", wan_vae.original_config, wan_vae.original_rules, "vae."),
     "text_encoder": Original(
         "UMT5EncoderModel", single.umt5_config, t5.umt5_rules, "text_encoders.umt5xxl.transformer."
     ),
@@ -160,6 +168,7 @@ _UMT5 = ("token_embedding.weight", "blocks.{i}.attn.q.weight", "blocks.{i}.ffn.g
 _SECOND_BIAS = "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"
 _VIT = ("cls_embedding", "transformer.{i}.attn.to_qkv.weight")
 _VISION = ("vision_model.embeddings.class_embedding", "vision_model.encoder.layers.{i}.self_attn.q_proj.weight")
+_WAN_VAE = ("encoder.conv1.weight", "encoder.middle.0.residual.2.weight", "decoder.head.2.weight")
 _WIDE = "text_model.encoder.layers.31.self_attn.q_proj.weight"
 SIGNATURES: list[Signature] = [
     Signature("sd3", "transformer", _MMDIT, (), "model.diffusion_model."),
@@ -172,7 +181,9 @@ SIGNATURES: list[Signature] = [
     Signature("wan", "text_encoder", _T5, (), "text_encoders.umt5xxl.transformer."),
     Signature("wan", "image_encoder", _VIT, (), "visual."),
     Signature("sd3", "transformer", _MMDIT),
+    Signature("wan", "vae", _WAN_VAE, (), "vae."),
     Signature("wan", "transformer", _WAN_DIT),
+    Signature("wan", "vae", _WAN_VAE),
     Signature("wan", "text_encoder", _UMT5),
     Signature("wan", "text_encoder", (*_T5, _SECOND_BIAS)),
     Signature("wan", "image_encoder", _VISION),

@@ -47,6 +47,7 @@ class Source:
         parts: upstream's component name -> Part.
         scheduler: scheduler_config.json, the family's own where there is none.
         variant: a name of the zoo, or None.
+        settings: what the family reads from model_index.json, and its image processor's config.
     """
 
     path: Path
@@ -56,6 +57,7 @@ class Source:
     tokenizers: dict[str, Tokenizer]
     scheduler: dict[str, Any]
     plan: Plan
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def close(self):
         for part in self.parts.values():
@@ -87,11 +89,27 @@ def open_source(
             tokens[name] = tokenizers.load(Path(place))
         else:
             raise ConversionError(f"{family} has no part {name!r}; it has {[*names.components, *names.tokenizers]}")
-    variant = zoo.recognise({n: p.cfg for n, p in found.items()}, f"{source} {path.name}")
+    configs = {n: p.cfg for n, p in found.items()}
+    variant = zoo.recognise(configs, f"{source} {path.name}")
     known = zoo.VARIANTS[variant] if variant else None
-    scheduler = scheduler or dict(names.scheduler)
-    plan = plan or (known.plan if known else Plan())
-    return Source(path, family, variant, found, tokens, scheduler, plan)
+    scheduler = scheduler or dict(known.scheduler if known else names.scheduler)
+    plan = plan or (known.plan if known else zoo.PLANS.get(family, Plan()))
+    if layout.kind == "pipeline":
+        settings = {n: layout.config[n] for n in names.settings if layout.config.get(n) is not None}
+    else:
+        settings = (known.settings or {}) if known else names.guess(configs) if names.guess else {}
+    if processor := _image_processor(path):
+        settings = {**settings, "image_processor": processor}
+    return Source(path, family, variant, found, tokens, scheduler, plan, dict(settings))
+
+
+def _image_processor(path: Path) -> dict[str, Any] | None:
+    places = [path / "image_processor" / n for n in ("preprocessor_config.json", "processor_config.json")]
+    found = next((p for p in places if p.is_file()), None)
+    if found is None:
+        return None
+    config = read_json(found)
+    return config.get("image_processor", config)
 
 
 def _component(folder: Path, upstream_class: str) -> Part:
@@ -114,7 +132,7 @@ def _open_pipeline(layout: Layout, elsewhere: set[str]):
     for name, (_, upstream_class) in components(layout.config).items():
         folder = layout.path / name
         try:
-            if name in elsewhere:
+            if name in elsewhere or name == "image_processor":
                 continue
             if name not in (*names.components, *names.tokenizers, "scheduler"):
                 log.warning("%s: %s (%s) is not used by %s", layout.path, name, upstream_class, family)

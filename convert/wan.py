@@ -151,6 +151,24 @@ def original_rules(cfg: WanConfig) -> list[Rule]:
     return [*_edges(cfg, ORIGINAL), *block_rules(cfg, ORIGINAL)]
 
 
+def settings(configs: Mapping[str, Any]) -> dict[str, Any]:
+    """How releases without model_index.json are run: Wan 2.2's experts change over at the published timestep (0.9 of
+    the noise with a picture, 0.875 without), and its residual autoencoder goes with a timestep for each frame (5B)."""
+    if "transformer_2" in configs:
+        return {"boundary_ratio": 0.9 if _pictured(configs) else 0.875}
+    return {"expand_timesteps": True} if "vae" in configs and configs["vae"].residual else {}
+
+
+def pipeline(configs: Mapping[str, Any]) -> str:
+    """Upstream's pipeline class."""
+    return "WanImageToVideoPipeline" if "image_encoder" in configs or _pictured(configs) else "WanPipeline"
+
+
+def _pictured(configs: Mapping[str, Any]) -> bool:
+    cfg = configs.get("transformer")
+    return cfg is not None and cfg.in_channels != cfg.out_channels
+
+
 HEAD_DIM = 128
 """Of every published Wan: shapes do not tell it."""
 _RELEASE = {  # fields of an original config.json that shapes tell too

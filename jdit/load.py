@@ -22,12 +22,13 @@ from jdit import checkpoint, sharding, zoo
 from jdit.pipeline.base import Parts, Pipeline
 from jdit.pipeline.executor import Weights
 from jdit.pipeline.sd3 import StableDiffusion3
+from jdit.pipeline.wan import WanVideo
 from jdit.sharding import Rules
 from jdit.structs import Plan
 
 log = logging.getLogger("jdit")
 
-PIPELINES: dict[str, type[Pipeline]] = {"sd3": StableDiffusion3}
+PIPELINES: dict[str, type[Pipeline]] = {"sd3": StableDiffusion3, "wan": WanVideo}
 ASSETS = Path(__file__).parent / "assets"
 DTYPES = ("bfloat16", "float16", "float32")
 OnComponent = Callable[[str], None]
@@ -132,8 +133,17 @@ def _opened(source: Source, name: str | None) -> Opened:
 
     configs = {n: p.cfg for n, p in source.parts.items()}
     _check_components(source.path, configs, "; give parts={name: path}")
-    parts = Parts(source.family, name or source.variant, configs, source.tokenizers, source.scheduler, source.plan)
+    parts = Parts(
+        source.family, name or source.variant, configs, source.tokenizers, source.scheduler, source.plan,
+        source.settings,
+    )  # fmt: skip
+    _check_fit(source.path, parts)
     return Opened(parts, leaves, problems)
+
+
+def _check_fit(path: Path, parts: Parts):
+    if misfits := PIPELINES[parts.family].misfits(parts):
+        raise ValueError(f"{path}: {'; '.join(misfits)}")
 
 
 def _check_components(path: Path, configs: Mapping[str, Any], hint: str = ""):
@@ -153,10 +163,12 @@ def _opened_jdit(path: Path) -> Opened:
         parts = Parts(
             family, meta["variant"], configs,
             {n: tokenizers.load(path / n) for n in meta.get("tokenizers", ())}, meta["scheduler"], Plan(**meta["plan"]),
+            meta.get("settings", {}),
         )  # fmt: skip
     except (KeyError, TypeError, AttributeError) as e:
         raise checkpoint.CheckpointError(f"{path / checkpoint.META}: {type(e).__name__}: {e}") from None
     _check_components(path, configs)
+    _check_fit(path, parts)
 
     def problems(component: str, targets: dict) -> list[str]:
         try:

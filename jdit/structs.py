@@ -14,12 +14,12 @@ class Text(NamedTuple):
 
     Attributes:
         states: per-token states that the transformer reads.
-        pooled: one vector a prompt.
+        pooled: one vector a prompt, None in families without.
         counts: token j stands for counts[j] equal tokens; None where each stands for itself.
     """
 
     states: Float[Array, "B L J"]
-    pooled: Float[Array, "B P"]
+    pooled: Float[Array, "B P"] | None = None
     counts: Float[Array, "L"] | None = None
 
 
@@ -38,7 +38,11 @@ class Tokens(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How a variant is run unless the call says otherwise (sizes in pixels; guidance 1 is off)."""
+    """How a variant is run unless the call says otherwise (sizes in pixels; guidance 1 is off).
+
+    Attributes:
+        guidance_2: of a second expert. num_frames, fps: of videos.
+    """
 
     steps: int = 28
     guidance: float = 7.0
@@ -46,6 +50,9 @@ class Plan:
     width: int | None = None
     shift: float | None = None
     max_text_tokens: int = 256
+    guidance_2: float | None = None
+    num_frames: int | None = None
+    fps: float | None = None
 
 
 @dataclasses.dataclass

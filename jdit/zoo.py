@@ -11,7 +11,7 @@ from jdit.nn.text.clip import CLIPText, CLIPTextConfig
 from jdit.nn.text.t5 import T5, T5Config
 from jdit.nn.vae.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from jdit.nn.vae.autoencoder_kl_wan import AutoencoderKLWan
-from jdit.nn.vae.autoencoder_kl_wan_config import AutoencoderKLWanConfig
+from jdit.nn.vae.autoencoder_kl_wan_config import MEAN_22, STD_22, AutoencoderKLWanConfig
 from jdit.nn.vision.clip import CLIPVision, CLIPVisionConfig
 from jdit.nn.wan import Wan, WanConfig
 from jdit.structs import Plan
@@ -26,6 +26,7 @@ class Variant(NamedTuple):
     plan: Plan
     source: str
     about: str
+    settings: dict[str, Any] | None = None  # what upstream's model_index.json says beside the components
 
 
 MODULES: dict[type, type[nnx.Module]] = {
@@ -52,6 +53,70 @@ def _sd3(transformer: MMDiTConfig) -> dict[str, Any]:
     }  # fmt: skip
 
 
+PLANS = {"wan": Plan(steps=50, guidance=5.0, height=480, width=832, max_text_tokens=512, num_frames=81, fps=16.0)}
+"""How a family's unknown variants are run; others as Plan() has it."""
+
+
+def _unipc(shift: float) -> dict[str, Any]:
+    return {
+        "_class_name": "UniPCMultistepScheduler", "num_train_timesteps": 1000, "solver_order": 2,
+        "prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift,
+    }  # fmt: skip
+
+
+_UMT5 = T5Config(vocab_size=256384, shared_bias=False)
+_WAN_14B = WanConfig()
+_WAN_I2V = dataclasses.replace(_WAN_14B, in_channels=36, image_dim=1280, image_keys=True)
+_WAN_22_I2V = dataclasses.replace(_WAN_14B, in_channels=36)
+_WAN_5B = WanConfig(heads=24, in_channels=48, out_channels=48, mlp=14336, layers=30)
+_WAN_22_VAE = AutoencoderKLWanConfig(
+    in_channels=12, out_channels=12, width=160, decoder_width=256, latent_channels=48, residual=True, patch=2,
+    mean=MEAN_22, std=STD_22, space_factor=16,
+)  # fmt: skip
+
+
+def _wan(transformer: WanConfig, shift: float, source: str, about: str, vae: Any = None, more: Any = None,
+         settings: Any = None, **plan: Any) -> Variant:  # fmt: skip
+    components = {"transformer": transformer, "vae": vae or AutoencoderKLWanConfig(), "text_encoder": _UMT5}
+    plan_ = dataclasses.replace(PLANS["wan"], **plan)
+    return Variant("wan", components | (more or {}), _unipc(shift), plan_, source, about, settings)
+
+
+_VISION = {"image_encoder": CLIPVisionConfig()}
+_720P = {"height": 720, "width": 1280}
+_WAN_VARIANTS = {  # shifts, steps and guidance of the original releases (wan/configs, generate.py)
+    "wan2.1-t2v-1.3b": _wan(
+        dataclasses.replace(_WAN_14B, heads=12, mlp=8960, layers=30), 5.0, "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+        "Wan 2.1 text to video, 1.4B",
+    ),
+    "wan2.1-t2v-14b": _wan(_WAN_14B, 5.0, "Wan-AI/Wan2.1-T2V-14B-Diffusers", "Wan 2.1 text to video, 14B"),
+    "wan2.1-i2v-14b-480p": _wan(
+        _WAN_I2V, 3.0, "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", "Wan 2.1 image to video, 480 x 832", more=_VISION,
+        steps=40,
+    ),
+    "wan2.1-i2v-14b-720p": _wan(
+        _WAN_I2V, 5.0, "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers", "Wan 2.1 image to video, 720 x 1280", more=_VISION,
+        steps=40, **_720P,
+    ),
+    "wan2.1-flf2v-14b-720p": _wan(
+        dataclasses.replace(_WAN_I2V, image_positions=514), 16.0, "Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers",
+        "Wan 2.1 first and last frame to video", more=_VISION, **_720P,
+    ),
+    "wan2.2-t2v-a14b": _wan(
+        _WAN_14B, 12.0, "Wan-AI/Wan2.2-T2V-A14B-Diffusers", "Wan 2.2 text to video, two experts of 14B",
+        more={"transformer_2": _WAN_14B}, settings={"boundary_ratio": 0.875}, steps=40, guidance=4.0, guidance_2=3.0,
+        **_720P,
+    ),
+    "wan2.2-i2v-a14b": _wan(
+        _WAN_22_I2V, 5.0, "Wan-AI/Wan2.2-I2V-A14B-Diffusers", "Wan 2.2 image to video, two experts of 14B",
+        more={"transformer_2": _WAN_22_I2V}, settings={"boundary_ratio": 0.9}, steps=40, guidance=3.5, guidance_2=3.5,
+    ),
+    "wan2.2-ti2v-5b": _wan(
+        _WAN_5B, 5.0, "Wan-AI/Wan2.2-TI2V-5B-Diffusers", "Wan 2.2 text or image to video, 5B", vae=_WAN_22_VAE,
+        settings={"expand_timesteps": True}, height=704, width=1280, num_frames=121, fps=24.0,
+    ),
+}  # fmt: skip
+
 VARIANTS: dict[str, Variant] = {
     "sd3-medium": Variant(
         "sd3", _sd3(_SD3), _FLOW, Plan(steps=28, guidance=7.0), "stabilityai/stable-diffusion-3-medium-diffusers",
@@ -69,6 +134,7 @@ VARIANTS: dict[str, Variant] = {
         "sd3", _sd3(_SD35_LARGE), _FLOW, Plan(steps=4, guidance=1.0), "stabilityai/stable-diffusion-3.5-large-turbo",
         "Stable Diffusion 3.5 large, distilled to 4 steps",
     ),
+    **_WAN_VARIANTS,
 }  # fmt: skip
 
 BUNDLED: dict[str, Plan] = {"fluent-image": Plan(steps=20, guidance=4.0)}
@@ -77,9 +143,13 @@ BUNDLED: dict[str, Plan] = {"fluent-image": Plan(steps=20, guidance=4.0)}
 DEFAULT = "fluent-image"
 
 
+MARKS = ("turbo", "720p")  # tell variants of one architecture apart
+
+
 def recognise(configs: dict[str, Any], name: str = "") -> str | None:
-    """The variant whose transformer has this architecture (placement, dtype aside); `name` decides between equals."""
-    same = lambda a, b: a is not None and b is not None and dataclasses.replace(a, dtype=b.dtype, rules=b.rules) == b
-    found = [v for v, known in VARIANTS.items() if same(configs.get("transformer"), known.components["transformer"])]
-    named = [v for v in found if "turbo" in v] if "turbo" in name.lower() else [v for v in found if "turbo" not in v]
-    return (named or found or [None])[0]
+    """The variant whose transformers have this architecture (placement, dtype aside); `name` decides between equals."""
+    plain = lambda cfg, like: None if cfg is None else dataclasses.replace(cfg, dtype=like.dtype, rules=like.rules)
+    parts, marks = ("transformer", "transformer_2"), lambda text: {m for m in MARKS if m in text.lower()}
+    like = lambda known: all(plain(configs.get(p), known["transformer"]) == known.get(p) for p in parts)
+    found = [v for v, known in VARIANTS.items() if like(known.components)]
+    return max((v for v in found if marks(v) <= marks(name)), key=lambda v: len(marks(v)), default=(found or [None])[0])

@@ -18,7 +18,7 @@ COUNTS = {  # transformers, as upstream's classes count them (tests/parity/test_
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", zoo.VARIANTS)
+@pytest.mark.parametrize("name", COUNTS)
 @pytest.mark.parametrize("t5", [True, False])
 def test_full_size(name, t5):
     variant = zoo.VARIANTS[name]

@@ -1,21 +1,19 @@
-"""What every family's pipeline shares: the one call, its checks, prompts, seeds and the result."""
+"""What every family's pipeline shares: the one call, its arguments, prompts and solver tables."""
 
 import contextlib
 import dataclasses
-import logging
-import math
-import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jdit import media, sampling
 from jdit.media import Picture
 from jdit.nn.text.tokenizer import Tokenizer
-from jdit.pipeline.executor import Weights
+from jdit.pipeline.calls import Listener, number_problems, or_
+from jdit.pipeline.executor import Stage, Weights
 from jdit.structs import Output, Plan, Prompt
 
 OUTPUTS = ("uint8", "float", "latents")
@@ -28,6 +26,8 @@ class Parts:
     Attributes:
         configs: architecture configs by upstream's component name. tokenizers: by upstream's name.
         scheduler: the scheduler's config, as upstream writes it. variant: a name of the zoo, or None.
+        settings: what the family reads beside the components, by upstream's names (`boundary_ratio`,
+            `image_processor`).
     """
 
     family: str
@@ -36,6 +36,7 @@ class Parts:
     tokenizers: Mapping[str, Tokenizer]
     scheduler: Mapping[str, Any]
     plan: Plan
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class Pipeline:
@@ -47,6 +48,7 @@ class Pipeline:
     """
 
     takes: ClassVar[tuple[str, ...]]  # the arguments of this family, beside the prompt
+    of_text: ClassVar[tuple[str, ...]] = ("max_text_tokens",)  # those of them that encoding a prompt takes
 
     def __init__(self, parts: Parts, weights: Weights, *, mesh: Mesh | None = None):
         self.parts, self.weights, self.mesh = parts, weights, mesh
@@ -75,7 +77,7 @@ class Pipeline:
         num_outputs: int = 1,
         max_text_tokens: int | None = None,
         output: str = "uint8",
-        on_step: Callable[[int, int], None] | None = None,
+        on_step: Listener | None = None,
         **family: Any,
     ) -> Output:
         """Generate.
@@ -88,6 +90,7 @@ class Pipeline:
             solver: "euler", "unipc" or a scheduler config; None is the checkpoint's.
             seed: of the noise: one number (output i takes seed + i), or one an output.
             latents: the initial noise, float32, channels last, instead of the seed's.
+            last_image: the picture to end with. num_frames: of a video; None is the variant's own number.
             num_outputs: results a prompt. max_text_tokens: the T5 length, padding included.
             output: "uint8", "float" (float32 in [0, 1]) or "latents".
             on_step: called with (step, steps) after each step.
@@ -120,10 +123,19 @@ class Pipeline:
         """
         self._check({"output": "uint8"} | arguments)
         self.size(arguments.get("height"), arguments.get("width"))
+        self.frames(arguments.get("num_frames"))
+        for name in ("image", "last_image"):
+            if arguments.get(name) is not None:
+                media.picture(arguments[name])
         self.ready()
 
     def problems(self, given: Mapping[str, Any]) -> list[str]:
         """What is wrong with a family's own arguments, beyond single numbers: a line each."""
+        return []
+
+    @classmethod
+    def misfits(cls, parts: Parts) -> list[str]:
+        """What keeps the components of a source from working together: a line each."""
         return []
 
     def ready(self):
@@ -135,6 +147,14 @@ class Pipeline:
 
     def size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
         """Pixels of a run: what is asked for, or the variant's own, checked."""
+        raise TypeError(f"{type(self).__name__} is abstract: use a family's pipeline")
+
+    def frames(self, num_frames: int | None = None) -> int | None:
+        """Frames of a run: what is asked for, or the variant's own number, checked; None for pictures."""
+        return None
+
+    def usual_stages(self) -> list[Stage]:
+        """The stages of a call with the variant's usual arguments, for the memory plan."""
         raise TypeError(f"{type(self).__name__} is abstract: use a family's pipeline")
 
     def stream(self, prompt: str | Sequence[str] | Prompt, **arguments: Any):
@@ -151,153 +171,29 @@ class Pipeline:
     def _generate(self, prompt, **arguments: Any) -> Output:
         raise TypeError(f"{type(self).__name__} is abstract: use a family's pipeline")
 
+    # ---- what the families' _generate and encode are made of
 
-WHOLE = ("height", "width", "num_frames", "steps", "num_outputs", "max_text_tokens")
-FINITE = ("guidance", "shift", "strength", "skip_layer_scale", "skip_layer_start", "skip_layer_stop")
+    def _encode(self, prompt, negative, timings: dict[str, float], **of_text: Any) -> Prompt:
+        raise TypeError(f"{type(self).__name__} is abstract: use a family's pipeline")
 
+    def _prompt(self, prompt, given: Mapping[str, Any], guided: bool, timings: dict[str, float]) -> Prompt:
+        """The encoded prompt of a call; without guidance the negative one is not encoded.
 
-def number_problems(given: Mapping[str, Any]) -> list[str]:
-    """Arguments that should be whole numbers of at least 1, or finite numbers, and are not: a line each."""
-    out = []
-    for name in (n for n in (*WHOLE, *FINITE) if given.get(n) is not None):
-        value = given[name]
-        kinds = (int, np.integer) if name in WHOLE else (int, float, np.integer, np.floating)
-        if isinstance(value, bool) or not isinstance(value, kinds):
-            out.append(f"{name}={value!r}; it must be a {'whole ' * (name in WHOLE)}number")
-        elif name in WHOLE and value < 1 and name not in ("height", "width"):  # their check knows what would work
-            out.append(f"{name}={value}; it must be at least 1")
-        elif not math.isfinite(value):
-            out.append(f"{name}={value}; it must be finite")
-    return out
+        Raises:
+            ValueError: text arguments for a prompt that is encoded already, or one without negatives under guidance.
+        """
+        if not isinstance(prompt, Prompt):
+            negative = or_(given["negative_prompt"], "") if guided else None
+            return self._encode(prompt, negative, timings, **{n: given.get(n) for n in self.of_text})
+        if late := [n for n in ("negative_prompt", *self.of_text) if given.get(n) is not None]:
+            raise ValueError(f"{', '.join(late)}: the prompt is encoded already; give it to encode")
+        if guided and prompt.negative is None:
+            raise ValueError("guidance above 1 needs a prompt encoded with a negative_prompt")
+        return prompt
 
-
-class _Steps:
-    """Tells a call's listener of its steps; what the listener raises stops the run at that step."""
-
-    def __init__(self, listener: Callable[[int, int], None]):
-        self.listener, self.raised = listener, None
-
-    def __call__(self, index: int, steps: int):
-        try:
-            self.listener(index + 1, steps)
-        except BaseException as e:
-            self.raised = e
-            raise
-
-
-_steps: _Steps | None = None
-
-
-def report_step(index: int, steps: int):
-    """The one step callback that stages compile in: it tells the call's listener, so another one never recompiles."""
-    if _steps is not None:
-        _steps(index, steps)
-
-
-@contextlib.contextmanager
-def reporting(listener: Callable[[int, int], None] | None):
-    """While inside, `report_step` tells `listener`; on leaving, all steps have been told.
-
-    Raises:
-        Exception: what the listener raised, in the place of the error that the device makes of it.
-    """
-    global _steps
-    if listener is None:
-        yield
-        return
-    _steps = told = _Steps(listener)
-    trace = logging.getLogger("jax._src.debugging")  # it logs what a callback raises, which is raised again here
-    muted, trace.disabled = trace.disabled, True
-    try:
-        yield
-        jax.effects_barrier()
-    except jax.errors.JaxRuntimeError:
-        if told.raised is None:
-            raise
-        raise told.raised from None
-    finally:
-        _steps, trace.disabled = None, muted
-
-
-def as_list(texts: str | Sequence[str], what: str, count: int | None = None) -> list[str]:
-    """A string as a list of `count` equal ones, a list as it is.
-
-    Raises:
-        ValueError: not strings, none, or another number of them than `count`.
-    """
-    out = [texts] * (count or 1) if isinstance(texts, str) else list(texts) if isinstance(texts, Iterable) else []
-    if not out or not all(isinstance(t, str) for t in out):
-        raise ValueError(f"{what} must be a string or a list of strings, not {texts!r}")
-    if count is not None and len(out) != count:
-        raise ValueError(f"{len(out)} texts in {what} for {count} prompts")
-    return out
-
-
-def keys(seed: int | Sequence[int], count: int) -> list[jax.Array]:
-    """A random key an output: of seed + i, or of each of a list of seeds.
-
-    Raises:
-        ValueError: seeds that are no 64-bit integers, or another number of them than outputs.
-    """
-    try:
-        if isinstance(seed, int | np.integer):
-            seeds = [int(seed) + i for i in range(count)]
-        else:
-            seeds = [operator.index(s) for s in seed]
-    except TypeError:
-        raise ValueError(f"seed={seed!r}; it must be a whole number, or a list of one an output") from None
-    if len(seeds) != count:
-        raise ValueError(f"{len(seeds)} seeds for {count} outputs")
-    if wide := [s for s in seeds if not -(2**63) <= s < 2**63]:
-        raise ValueError(f"seed={wide[0]} has more than 64 bits")
-    return [jax.random.key(s) for s in seeds]
-
-
-def noise(shape: Sequence[int], seed: int | Sequence[int] | None) -> jax.Array:
-    """Standard normal float32, each row from its own seed, so that a row does not depend on the batch around it.
-
-    Raises:
-        ValueError: as `keys`.
-    """
-    rows = keys(0 if seed is None else seed, shape[0])
-    return jnp.stack([jax.random.normal(key, tuple(shape[1:]), jnp.float32) for key in rows])
-
-
-def given_latents(latents: np.ndarray | jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """The caller's noise, float32.
-
-    Raises:
-        ValueError: another shape.
-    """
-    if np.shape(latents) != shape:
-        raise ValueError(f"latents are {np.shape(latents)}; this call needs {shape} (channels last, unpatched)")
-    return jnp.asarray(latents, jnp.float32)
-
-
-def check_size(height: int, width: int, multiple: int, largest: int):
-    """Refuse a size that the patch or the autoencoder cannot take.
-
-    Raises:
-        ValueError: naming the nearest sizes that work.
-    """
-    problems = []
-    for name, n in (("height", height), ("width", width)):
-        if n < 1 or n % multiple or n > largest:
-            below = min(max(n // multiple, 1) * multiple, largest)
-            near = sorted({below, min(max(n // multiple + 1, 1) * multiple, largest)})
-            problems.append(f"{name}={n} does not work, {' or '.join(map(str, near))} would")
-    if problems:
-        raise ValueError(f"{'; '.join(problems)} (multiples of {multiple} up to {largest})")
-
-
-def check_finite(x: jax.Array, stage: str):
-    if not bool(jnp.isfinite(x).all()):
-        raise FloatingPointError(
-            f"the latents hold NaN or infinity after {stage}: try dtype float32 or a lower guidance"
-        )
-
-
-def to_pixels(decoded: jax.Array, kind: str) -> jax.Array:
-    """Decoded values in [-1, 1] to float32 in [0, 1] or uint8, rounded as upstream does."""
-    unit = jnp.clip(decoded.astype(jnp.float32) / 2 + 0.5, 0, 1)
-    return unit if kind == "float" else jnp.round(unit * 255).astype(jnp.uint8)
+    def _table(self, steps: int, *, shift=None, solver=None, tokens: int = 0, begin: int = 0) -> sampling.Table:
+        """The solver's table; `tokens` is what resolution-dependent shifts are computed from."""
+        config = sampling.with_solver(self.parts.scheduler, solver) if isinstance(solver, str) else solver
+        config = self.parts.scheduler if config is None else config
+        mu = sampling.dynamic_mu(config, tokens) if config.get("use_dynamic_shifting") else None
+        return sampling.from_config(config, steps, mu=mu, shift=or_(shift, self.plan.shift), begin=begin)

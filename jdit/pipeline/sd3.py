@@ -18,7 +18,8 @@ from jdit.nn.text.clip import CLIPText
 from jdit.nn.text.t5 import T5
 from jdit.nn.vae.autoencoder_kl import AutoencoderKL
 from jdit.nn.vae.tiling import decode_tiled, encode_tiled, one_at_a_time
-from jdit.pipeline import base
+from jdit.pipeline import base, calls
+from jdit.pipeline.calls import or_
 from jdit.pipeline.executor import Stage, run
 from jdit.sampling import guidance as guide
 from jdit.structs import Output, Prompt, Text
@@ -104,14 +105,14 @@ def denoise(
         )
     elif scale is not None:
         model = guide.classifier_free(model, scale)
-    return sampling.solve(model, x, table, per_step=rows, on_step=base.report_step if report else None)
+    return sampling.solve(model, x, table, per_step=rows, on_step=calls.report_step if report else None)
 
 
 def decode(vae: AutoencoderKL, latents, kind: str, tiling: bool, slicing: bool):
     """Latents to pixels, whole, by tiles, or a picture at a time."""
     whole = (lambda z: decode_tiled(vae, z)) if tiling else vae.decode
     z = vae.denormalise(latents)
-    return base.to_pixels(one_at_a_time(whole, z) if slicing else whole(z), kind)
+    return calls.to_pixels(one_at_a_time(whole, z) if slicing else whole(z), kind)
 
 
 # ----------------------------------------------------------------------------------------------- pipeline
@@ -159,6 +160,7 @@ class StableDiffusion3(base.Pipeline):
         "max_text_tokens", "strength", "skip_layers", "skip_layer_scale", "skip_layer_start", "skip_layer_stop",
         "clip_skip", "vae_tiling", "vae_slicing",
     )  # fmt: skip
+    of_text = ("max_text_tokens", "clip_skip")
 
     @property
     def size_multiple(self) -> int:
@@ -172,8 +174,8 @@ class StableDiffusion3(base.Pipeline):
         """
         cfg = self.parts.configs["transformer"]
         own = cfg.sample_size * self.parts.configs["vae"].factor
-        size = _or(_or(height, self.plan.height), own), _or(_or(width, self.plan.width), own)
-        base.check_size(*size, self.size_multiple, cfg.pos_size * self.size_multiple)
+        size = or_(or_(height, self.plan.height), own), or_(or_(width, self.plan.width), own)
+        calls.check_size(*size, self.size_multiple, cfg.pos_size)
         return size
 
     def _encoders(self) -> tuple[tuple[str, str], ...]:
@@ -197,7 +199,7 @@ class StableDiffusion3(base.Pipeline):
             out.append(f"skip_layers={skipped!r}; it must be a list of layer numbers")
         elif bad := [i for i in skipped if i not in range(layers)]:
             out.append(f"skip_layers {bad} do not exist; the transformer has layers 0 to {layers - 1}")
-        if not _or(given.get("guidance"), self.plan.guidance) > 1:
+        if not or_(given.get("guidance"), self.plan.guidance) > 1:
             out.append("skip_layers needs guidance above 1")
         return out
 
@@ -221,14 +223,11 @@ class StableDiffusion3(base.Pipeline):
     ) -> Prompt:
         """Encode prompts once, to be given to calls in their place; negative_prompt None leaves out the negatives."""
         with self._on_mesh():
-            return self._encode(prompt, negative_prompt, max_text_tokens, clip_skip, {})
+            return self._encode(prompt, negative_prompt, {}, max_text_tokens=max_text_tokens, clip_skip=clip_skip)
 
-    def _encode(self, prompt, negative, max_text_tokens, clip_skip, timings: dict[str, float]) -> Prompt:
-        texts = base.as_list(prompt, "prompt")
-        count = len(texts)
-        if negative is not None:
-            texts = base.as_list(negative, "negative_prompt", count) + texts
-        tokens = _or(max_text_tokens, self.plan.max_text_tokens)
+    def _encode(self, prompt, negative, timings, max_text_tokens=None, clip_skip=None) -> Prompt:
+        texts, count = calls.both_texts(prompt, negative)
+        tokens = or_(max_text_tokens, self.plan.max_text_tokens)
         if problems := self._text_problems({"max_text_tokens": tokens, "clip_skip": clip_skip}):
             raise ValueError("; ".join(problems))
         self.ready()
@@ -243,48 +242,38 @@ class StableDiffusion3(base.Pipeline):
             values[key] = jnp.asarray(self.parts.tokenizers[name].encode(texts, max_length=length))
         values, spent = run(stages(t5=t5, image=False, pixels=False, generate=False), self.weights, values)
         timings |= spent
-        text: Text = values["encoded"]
-        rows = lambda part: Text(text.states[part], text.pooled[part], text.counts)
-        return Prompt(rows(slice(-count, None)), None if negative is None else rows(slice(0, count)))
+        return calls.halves(values["encoded"], count, negative)
+
+    def usual_stages(self) -> list[Stage]:
+        """See the base class."""
+        return stages(t5="text_encoder_3" in self.parts.configs, image=False, pixels=True)
 
     def table(self, height: int, width: int, steps: int, *, shift=None, solver=None, strength: float | None = None):
         """The solver's table of a run; with `strength` only its last part, as upstream's image to image begins."""
-        config = sampling.with_solver(self.parts.scheduler, solver) if isinstance(solver, str) else solver
-        config = self.parts.scheduler if config is None else config
         tokens = (height // self.size_multiple) * (width // self.size_multiple)
-        mu = sampling.dynamic_mu(config, tokens) if config.get("use_dynamic_shifting") else None
         begin = 0 if strength is None else sampling.start_index(steps, strength)
-        return sampling.from_config(config, steps, mu=mu, shift=shift, begin=begin)
+        return self._table(steps, shift=shift, solver=solver, tokens=tokens, begin=begin)
 
     def _skip(self, a: Mapping[str, Any], steps: int) -> LayerSkip | None:
         if not a.get("skip_layers"):
             return None
         layers = self.parts.configs["transformer"].layers
-        start, stop = _or(a.get("skip_layer_start"), 0.01), _or(a.get("skip_layer_stop"), 0.2)
+        start, stop = or_(a.get("skip_layer_start"), 0.01), or_(a.get("skip_layer_stop"), 0.2)
         active = guide.active_steps(steps, start, stop)
-        scale = jnp.float32(_or(a.get("skip_layer_scale"), 2.8))
+        scale = jnp.float32(or_(a.get("skip_layer_scale"), 2.8))
         return LayerSkip(jnp.asarray(np.isin(np.arange(layers), a["skip_layers"])), scale, jnp.asarray(active))
 
     def _generate(self, prompt, **a: Any) -> Output:
         height, width = self.size(a["height"], a["width"])
-        steps, scale = _or(a["steps"], self.plan.steps), _or(a["guidance"], self.plan.guidance)
-        strength = None if a["image"] is None else _or(a.get("strength"), 0.6)
-        table = self.table(
-            height, width, steps, shift=_or(a["shift"], self.plan.shift), solver=a["solver"], strength=strength
-        )
+        steps, scale = or_(a["steps"], self.plan.steps), or_(a["guidance"], self.plan.guidance)
+        strength = None if a["image"] is None else or_(a.get("strength"), 0.6)
+        table = self.table(height, width, steps, shift=a["shift"], solver=a["solver"], strength=strength)
         guided, timings = scale > 1, {}
         factor, cfg = self.parts.configs["vae"].factor, self.parts.configs["transformer"]
         with self._on_mesh():
-            if not isinstance(prompt, Prompt):
-                negative = (a["negative_prompt"] or "") if guided else None
-                prompt = self._encode(prompt, negative, a["max_text_tokens"], a.get("clip_skip"), timings)
-            elif given := [n for n in ("negative_prompt", "max_text_tokens", "clip_skip") if a.get(n) is not None]:
-                raise ValueError(f"{', '.join(given)}: the prompt is encoded already; give it to encode")
-            if guided and prompt.negative is None:
-                raise ValueError("guidance above 1 needs a prompt encoded with a negative_prompt")
+            prompt = self._prompt(prompt, a, guided, timings)
             count = prompt.positive.states.shape[0] * a["num_outputs"]
-            shape = (count, height // factor, width // factor, cfg.in_channels)
-            noise = base.noise(shape, a["seed"]) if a["latents"] is None else base.given_latents(a["latents"], shape)
+            noise = calls.first_noise(a, (count, height // factor, width // factor, cfg.in_channels))
             values: dict[str, Any] = {
                 "positive": prompt.positive, "negative": prompt.negative if guided else None, "noise": noise,
                 "clean": None, "table": table, "guidance": jnp.float32(scale) if guided else None,
@@ -296,17 +285,11 @@ class StableDiffusion3(base.Pipeline):
                 values["image"] = jnp.asarray(media.resize(media.picture(a["image"]), height, width))[None]
                 values["image_keys"] = None if a["seed"] is None else _posterior_keys(a["seed"], count)
             todo = stages(t5=False, image=a["image"] is not None, pixels=a["output"] != "latents", encode=False)
-            with base.reporting(a["on_step"]):
+            with calls.reporting(a["on_step"]):
                 values, spent = run(todo, self.weights, values)
-        base.check_finite(values["latents"], "denoise")
-        pixels = np.asarray(values["pixels"]) if a["output"] != "latents" else None
-        return Output(pixels, values["latents"], timings | spent)
+        return calls.result(values, timings | spent)
 
 
 def _posterior_keys(seed: int | Sequence[int], count: int) -> jax.Array:
     """Folded, since the unfolded keys make the noise that is laid on the picture."""
-    return jnp.stack([jax.random.fold_in(key, 1) for key in base.keys(seed, count)])
-
-
-def _or(value: Any, default: Any) -> Any:
-    return default if value is None else value
+    return jnp.stack([jax.random.fold_in(key, 1) for key in calls.keys(seed, count)])

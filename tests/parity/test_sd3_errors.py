@@ -86,7 +86,7 @@ BAD = {
     "negative_prompt must be a string or a list of strings, not 3": dict(negative_prompt=3),
     "sd3 does not take num_frames, tea; it takes": dict(num_frames=3, tea=1),
     "output='jpg'; there are uint8": dict(output="jpg"),
-    "solver='dpm' is unknown": dict(solver="dpm"),
+    "solver='heun' is unknown": dict(solver="heun"),
     "a picture is a uint8 array": dict(image=PICTURE.astype(float)),
 }
 
@@ -141,12 +141,13 @@ def test_posterior_sample_is_not_the_noise_and_rows_do_not_depend_on_the_batch(p
     vae, calls = pipe.components["vae"], dict(image=PICTURE, strength=1.0, **CALL)
     both = pipe("a cat", seed=[5, 9], num_outputs=2, **calls).latents
     assert error(pipe("a cat", seed=9, **calls).latents, both[1:]) < 1e-5
-    from jdit.pipeline import base, sd3
+    from jdit.pipeline import calls as pieces
+    from jdit.pipeline import sd3
 
     drawn = sd3.encode_image(vae, jnp.asarray(PICTURE[None, :16, :16]), sd3._posterior_keys(5, 1), False)
     posterior = vae.encode(jnp.asarray(PICTURE[None, :16, :16], jnp.float32) / 127.5 - 1)
     sample = vae.denormalise(drawn) - posterior.mean
-    correlation = np.corrcoef(np.ravel(sample), np.ravel(base.noise((1, 4, 4, 16), 5)))[0, 1]
+    correlation = np.corrcoef(np.ravel(sample), np.ravel(pieces.noise((1, 4, 4, 16), 5)))[0, 1]
     assert abs(correlation) < 0.3
 
 

@@ -1,0 +1,328 @@
+"""Wan 2.1 and 2.2: text, first frame, or first and last frame to video (upstream pipeline_wan.py, pipeline_wan_i2v.py).
+
+B outputs, P prompts, S latent frames, h w latent rows and columns, C latent channels, L text tokens, N steps.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jdit import media, sampling
+from jdit.nn.text.clean import clean
+from jdit.nn.vae.autoencoder_kl_wan import AutoencoderKLWan
+from jdit.nn.vae.autoencoder_kl_wan_config import AutoencoderKLWanConfig
+from jdit.nn.vae.tiling import Tiles, one_at_a_time
+from jdit.nn.wan import Context, Wan, WanConfig
+from jdit.pipeline import base, calls
+from jdit.pipeline.calls import or_
+from jdit.pipeline.executor import Stage, run
+from jdit.pipeline.wan_conditions import Conditions, encode_first, encode_frames, encode_pictures, encode_text
+from jdit.preprocess import ImageProcessor
+from jdit.sampling import guidance as guide
+from jdit.structs import Output, Prompt, Text
+
+# ------------------------------------------------------------------------------------------------- stages
+
+
+def prepare(positive: Text, negative: Text | None, noise, table: sampling.Table, tokens, channels, first):
+    """The solver's first state, and what all steps see."""
+    text = positive.states if negative is None else jnp.concatenate([negative.states, positive.states])
+    return sampling.init(noise, table), Conditions(text, tokens, channels, first)
+
+
+def denoise(
+    transformer: Wan, state: sampling.State, given: Conditions, table: sampling.Table, scale, total: int,
+    two_passes: bool, report: bool,
+) -> sampling.State:  # fmt: skip
+    """The rows of a table that are this transformer's. Modulation of its steps, and the keys and values of each prompt,
+    are computed before them."""
+    outputs, frames, texts = state.x.shape[0], state.x.shape[1], given.text.shape[0]
+    tokens = None if given.tokens is None else jnp.broadcast_to(given.tokens, (texts, *given.tokens.shape[1:]))
+    repeats = outputs * (1 if scale is None else 2) // texts
+    context = _rows(transformer.embed_context(given.text, tokens), lambda a: jnp.repeat(a, repeats, axis=1))
+    times = given.times(jnp.asarray(table.timestep, jnp.float32), frames)
+
+    def predict(x, t, modulation, *, context):
+        del t  # it is in the modulation
+        return transformer.velocity(given.apply(x), modulation, context)
+
+    model = functools.partial(predict, context=context)
+    if scale is not None and two_passes:
+        half = lambda n: functools.partial(predict, context=_rows(context, lambda a: jnp.split(a, 2, axis=1)[n]))
+        model = guide.two_passes(half(0), half(1), scale)
+    elif scale is not None:
+        model = guide.classifier_free(model, scale)
+    told = calls.report_step if report else None
+    return sampling.run(model, state, table, per_step=transformer.modulation_table(times), on_step=told, total=total)
+
+
+def _rows(context: Context, change) -> Context:
+    """A change of the batch axis, which comes after that of the layers."""
+    return context._replace(**jax.tree.map(change, {"text": context.text, "image": context.image}))
+
+
+def finish(state: sampling.State, given: Conditions) -> Float[Array, "B S h w C"]:
+    """The last x; a first frame that was given is put back as it was."""
+    return given.keep_first(state.x)
+
+
+def decode(vae: AutoencoderKLWan, latents, kind: str, tiling: bool, slicing: bool, report: bool):
+    """Latents to frames, a chunk at a time: no video of floats is there where `kind` is uint8."""
+    total = latents.shape[1] if vae.cfg.time_factor is None else (latents.shape[1] - 1) * vae.cfg.time_factor + 1
+
+    def done(pixels):
+        if report:
+            calls.report_frames(pixels, total)
+        return calls.to_pixels(pixels, kind)
+
+    whole = lambda z: vae.decode(z, tiles=Tiles() if tiling else None, finish=done)
+    z = vae.denormalise(latents)
+    return one_at_a_time(whole, z) if slicing else whole(z)
+
+
+TEXT = Stage("encode_text", encode_text, ("text_encoder",), ("ids", "lengths"), ("encoded",))
+ALONE, HIGH, LOW = ("denoise", "transformer"), ("denoise_high", "transformer"), ("denoise_low", "transformer_2")
+
+
+def stages(
+    *, tokens: bool, picture: str | None, experts: Sequence[tuple[str, str]] = (ALONE,), pixels: bool
+) -> list[Stage]:
+    """The stages of a call with encoded prompts.
+
+    Args:
+        tokens: whether the transformer sees the pictures' tokens.
+        picture: "channels", "first" or None: what becomes of the given frames.
+        experts: (stage, transformer) of each part of the table.
+    """
+    out: list[Stage] = []
+    if tokens:
+        out.append(Stage("encode_image", encode_pictures, ("image_encoder",), ("pictures",), ("tokens",)))
+    if picture == "channels":
+        reads = ("image", "last_image", "num_frames", "vae_tiling")
+        out.append(Stage("encode_frames", encode_frames, ("vae",), reads, ("channels",), reads[2:]))
+    elif picture == "first":
+        out.append(Stage("encode_frames", encode_first, ("vae",), ("image", "vae_tiling"), ("first",), ("vae_tiling",)))
+    reads = ("positive", "negative", "noise", "table", "tokens", "channels", "first")
+    out.append(Stage("prepare", prepare, (), reads, ("state", "conditions")))
+    static = ("steps", "two_passes", "report")
+    for name, transformer in experts:
+        reads = ("state", "conditions", f"table:{name}", f"guidance:{name}", *static)
+        out.append(Stage(name, denoise, (transformer,), reads, ("state",), static))
+    out.append(Stage("finish", finish, (), ("state", "conditions"), ("latents",)))
+    if pixels:
+        reads = ("latents", "output", "vae_tiling", "vae_slicing", "report_frames")
+        out.append(Stage("decode", decode, ("vae",), reads, ("pixels",), reads[1:]))
+    return out
+
+
+# ----------------------------------------------------------------------------------------------- pipeline
+
+
+class WanVideo(base.Pipeline):
+    """Wan 2.1 and 2.2, of one transformer or two experts.
+
+    Beside the common arguments: `guidance_2` (of the second expert; None is the plan's, else `guidance`), `two_passes`
+    (guidance in two calls of the transformer: half the activations), `vae_tiling`, `vae_slicing` (decode a video at a
+    time) and `on_frame`, called with (frames, of how many) while frames are decoded.
+    """
+
+    takes = (
+        "negative_prompt", "image", "last_image", "height", "width", "num_frames", "steps", "guidance", "guidance_2",
+        "shift", "solver", "latents", "max_text_tokens", "two_passes", "vae_tiling", "vae_slicing", "on_frame",
+    )  # fmt: skip
+
+    # ---- what the checkpoint is
+
+    @property
+    def picture(self) -> str | None:
+        """What a picture becomes: "channels" beside the noise (needed), the "first" frame (free), or None."""
+        extra = self.parts.configs["transformer"].in_channels - self.parts.configs["vae"].latent_channels
+        return "channels" if extra else "first" if self.parts.settings.get("expand_timesteps") else None
+
+    @property
+    def _tokens(self) -> bool:
+        """Whether the transformer sees a picture's tokens."""
+        return self.picture is not None and self.parts.configs["transformer"].image_dim is not None
+
+    @property
+    def boundary(self) -> float | None:
+        """The timestep from which on the first expert is in charge; None where there is one transformer."""
+        ratio = self.parts.settings.get("boundary_ratio")
+        return None if ratio is None else ratio * self.parts.scheduler.get("num_train_timesteps", 1000)
+
+    @classmethod
+    def misfits(cls, parts: base.Parts) -> list[str]:
+        """See the base class."""
+        c, settings, out = parts.configs, parts.settings, []
+        kinds = {"transformer": WanConfig, "transformer_2": WanConfig, "vae": AutoencoderKLWanConfig}
+        if wrong := [n for n, kind in kinds.items() if n in c and not isinstance(c[n], kind)]:
+            return [f"{n} is a {type(c[n]).__name__}, a {kinds[n].__name__} is needed" for n in wrong]
+        vae, z = c["vae"], c["vae"].latent_channels
+        out += [f"vae: {n} (scale_factor_{up}) is None" for n, up in
+                (("time_factor", "temporal"), ("space_factor", "spatial")) if getattr(vae, n) is None]  # fmt: skip
+        allowed = (z, 2 * z + (vae.time_factor or 0))
+        for name in (n for n in ("transformer", "transformer_2") if n in c):
+            cfg = c[name]
+            if cfg.out_channels != z or cfg.in_channels not in allowed:
+                out.append(
+                    f"{name} takes {cfg.in_channels} and gives {cfg.out_channels} channels, but the vae has {z} latent "
+                    f"channels: {allowed[0]} or {allowed[1]} in and {z} out would fit"
+                )
+            for part, width in (("text_encoder", cfg.text_dim), ("image_encoder", cfg.image_dim)):
+                if part in c and width not in (None, c[part].width):
+                    out.append(f"{name} reads states of width {width}, but those of the {part} have {c[part].width}")
+            if cfg.image_positions and "image_encoder" in c and 2 * c["image_encoder"].tokens != cfg.image_positions:
+                have = f"those of two pictures are 2 x {c['image_encoder'].tokens}"
+                out.append(f"{name} has positions for {cfg.image_positions} tokens of pictures, but {have}")
+        if settings.get("boundary_ratio") is not None and "transformer_2" not in c:
+            out.append(f"boundary_ratio is {settings['boundary_ratio']}, but there is no transformer_2")
+        elif "transformer_2" in c and c["transformer_2"].in_channels != c["transformer"].in_channels:
+            out.append("transformer and transformer_2 take different numbers of channels")
+        if settings.get("expand_timesteps") and c["transformer"].patch[0] != 1:
+            out.append(f"expand_timesteps with patches of {c['transformer'].patch[0]} frames is not supported, 1 is")
+        return out
+
+    def ready(self):
+        """See the base class."""
+        needed = ["text_encoder", "tokenizer"]
+        needed += ["image_encoder"] if self._tokens else []
+        if lacks := [n for n in needed if n not in self.parts.configs and n not in self.parts.tokenizers]:
+            raise ValueError(f"this model came without {', '.join(lacks)}: load it with parts={{name: path}}")
+
+    # ---- arguments
+
+    def size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
+        """The size of a run, checked.
+
+        Raises:
+            ValueError: naming the nearest sizes that work.
+        """
+        cfg, factor = self.parts.configs["transformer"], self.parts.configs["vae"].space_factor
+        size = or_(or_(height, self.plan.height), 480), or_(or_(width, self.plan.width), 832)
+        calls.check_size(*size, (factor * cfg.patch[1], factor * cfg.patch[2]), cfg.max_positions)
+        return size
+
+    def frames(self, num_frames: int | None = None) -> int:
+        """The number of frames of a run, checked.
+
+        Raises:
+            ValueError: naming the nearest numbers that work.
+        """
+        cfg, frames = self.parts.configs["transformer"], or_(or_(num_frames, self.plan.num_frames), 81)
+        calls.check_frames(frames, self.parts.configs["vae"].time_factor, cfg.patch[0], cfg.max_positions)
+        return frames
+
+    def problems(self, given: Mapping[str, Any]) -> list[str]:
+        """See the base class."""
+        first, last = given.get("image") is not None, given.get("last_image") is not None
+        cfg, out = self.parts.configs["transformer"], []
+        if self.picture is None and (first or last):
+            out.append("this model takes no image: it makes videos of text alone")
+        elif self.picture == "first" and last:
+            out.append("this model takes no last_image, only the first frame as image")
+        elif self.picture == "channels" and not first:
+            out.append("this model makes videos of a picture: it needs image")
+        elif cfg.image_dim is not None and cfg.image_positions is None and last:
+            out.append("this model takes no last_image: its transformer sees one picture")
+        elif cfg.image_positions is not None and first and not last:
+            out.append("this model goes from a first to a last frame: it needs last_image")
+        if last and given.get("num_frames") == 1:
+            out.append("num_frames=1; a first and a last frame are two at least")
+        if given.get("guidance_2") is not None:
+            if self.boundary is None:
+                out.append("guidance_2 is the second expert's, and this model has one transformer")
+            elif not or_(given.get("guidance"), self.plan.guidance) > 1:
+                out.append("guidance_2 needs guidance above 1")
+        return out
+
+    # ---- prompts
+
+    def encode(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        negative_prompt: str | Sequence[str] | None = "",
+        max_text_tokens: int | None = None,
+    ) -> Prompt:
+        """Encode prompts once, to be given to calls in their place; negative_prompt None leaves out the negatives."""
+        with self._on_mesh():
+            return self._encode(prompt, negative_prompt, {}, max_text_tokens=max_text_tokens)
+
+    def _encode(self, prompt, negative, timings, max_text_tokens=None) -> Prompt:
+        if problems := calls.number_problems({"max_text_tokens": max_text_tokens}):
+            raise ValueError("; ".join(problems))
+        texts, count = calls.both_texts(prompt, negative)
+        self.ready()
+        tokenizer, length = self.parts.tokenizers["tokenizer"], or_(max_text_tokens, self.plan.max_text_tokens)
+        ids, lengths = tokenizer.encode_with_lengths([clean(t) for t in texts], length)
+        values, spent = run([TEXT], self.weights, {"ids": jnp.asarray(ids), "lengths": jnp.asarray(lengths)})
+        timings |= spent
+        return calls.halves(values["encoded"], count, negative)
+
+    # ---- the call
+
+    def usual_stages(self) -> list[Stage]:
+        """See the base class."""
+        experts = (ALONE,) if self.boundary is None else (HIGH, LOW)
+        return [TEXT, *stages(tokens=self._tokens, picture=self.picture, experts=experts, pixels=True)]
+
+    def table(self, steps: int, *, shift=None, solver=None) -> sampling.Table:
+        """The solver's table of a run."""
+        return self._table(steps, shift=shift, solver=solver)
+
+    def experts(self, table: sampling.Table) -> dict[tuple[str, str], sampling.Table]:
+        """(stage, transformer) -> its rows of the table; an expert whose turn does not come is left out."""
+        if self.boundary is None:
+            return {ALONE: table}
+        parts = zip((HIGH, LOW), sampling.split(table, self.boundary))
+        return {expert: part for expert, part in parts if part.steps}
+
+    def _pictures(self, a: Mapping[str, Any], height: int, width: int) -> dict[str, Any]:
+        """The given frames as the encoders want them."""
+        if a["image"] is None:
+            return {}
+        given = [media.picture(a[n]) for n in ("image", "last_image") if a[n] is not None]
+        resized = [jnp.asarray(media.resize(picture, height, width))[None] for picture in given]
+        out: dict[str, Any] = {"image": resized[0], "last_image": resized[1] if len(given) > 1 else None}
+        if self._tokens:
+            config = self.parts.settings.get("image_processor")
+            processor = ImageProcessor() if config is None else ImageProcessor.from_config(config)
+            out["pictures"] = jnp.asarray(processor(given))
+        return out
+
+    def _generate(self, prompt, **a: Any) -> Output:
+        height, width = self.size(a["height"], a["width"])
+        frames = self.frames(a["num_frames"])
+        steps, scale = or_(a["steps"], self.plan.steps), or_(a["guidance"], self.plan.guidance)
+        scale_2 = or_(a.get("guidance_2"), scale if a["guidance"] is not None else or_(self.plan.guidance_2, scale))
+        table = self.table(steps, shift=a["shift"], solver=a["solver"])
+        experts = self.experts(table)
+        pictures = self._pictures(a, height, width)
+        guided, timings, vae = scale > 1, {}, self.parts.configs["vae"]
+        with self._on_mesh():
+            prompt = self._prompt(prompt, a, guided, timings)
+            count = prompt.positive.states.shape[0] * a["num_outputs"]
+            shape = ((frames - 1) // vae.time_factor + 1, height // vae.space_factor, width // vae.space_factor)
+            values: dict[str, Any] = pictures | {
+                "positive": prompt.positive, "negative": prompt.negative if guided else None,
+                "noise": calls.first_noise(a, (count, *shape, vae.latent_channels)), "table": table, "tokens": None,
+                "channels": None, "first": None, "num_frames": frames, "steps": table.steps,
+                "two_passes": bool(a.get("two_passes")), "report": a["on_step"] is not None, "output": a["output"],
+                "vae_tiling": bool(a.get("vae_tiling")), "vae_slicing": bool(a.get("vae_slicing")),
+                "report_frames": a.get("on_frame") is not None,
+            }  # fmt: skip
+            for expert, part in experts.items():
+                values[f"table:{expert[0]}"] = part
+                own = scale_2 if expert == LOW else scale
+                values[f"guidance:{expert[0]}"] = jnp.float32(own) if guided else None
+            todo = stages(
+                tokens="pictures" in pictures, picture=self.picture if pictures else None, experts=tuple(experts),
+                pixels=a["output"] != "latents",
+            )  # fmt: skip
+            with calls.reporting(a["on_step"], a.get("on_frame")):
+                values, spent = run(todo, self.weights, values)
+        return calls.result(values, timings | spent, or_(self.plan.fps, 16))

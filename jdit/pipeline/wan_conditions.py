@@ -1,0 +1,96 @@
+"""What Wan's transformer sees beside the noise: prompts, and pictures (upstream pipeline_wan_i2v.py).
+
+P prompts, L text tokens of width J, I tokens of a picture of width E, T frames of H x W pixels, S latent frames of h w
+rows and columns and C channels, r frames that a latent frame stands for (but for the first, which is one frame).
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+
+from jdit.nn.text.t5 import T5
+from jdit.nn.vae.autoencoder_kl_wan import AutoencoderKLWan
+from jdit.nn.vae.tiling import Tiles
+from jdit.nn.vision.clip import CLIPVision
+from jdit.structs import Text
+
+
+class Conditions(NamedTuple):
+    """What does not change from step to step.
+
+    Attributes:
+        text: states of the prompts, [negative; positive] under guidance.
+        tokens: of the pictures, first then last, where the transformer has an image embedding.
+        channels: laid beside those of the noise: mask and latents of the given frames.
+        first: latents of the first frame, which stays as it is while the others are denoised (5B).
+    """
+
+    text: Float[Array, "P L J"]
+    tokens: Float[Array, "1 I E"] | None = None
+    channels: Float[Array, "1 S h w C"] | None = None
+    first: Float[Array, "1 1 h w C"] | None = None
+
+    def apply(self, x: Float[Array, "B S h w C"]) -> Float[Array, "B S h w D"]:
+        """What the transformer is given for the noisy latents x."""
+        x = self.keep_first(x)
+        if self.channels is None:
+            return x
+        return jnp.concatenate([x, jnp.broadcast_to(self.channels, (*x.shape[:4], self.channels.shape[-1]))], -1)
+
+    def keep_first(self, x: Float[Array, "B S h w C"]) -> Float[Array, "B S h w C"]:
+        return x if self.first is None else x.at[:, :1].set(self.first.astype(x.dtype))
+
+    def times(self, timesteps: Float[Array, "N"], frames: int) -> Float[Array, "N"] | Float[Array, "N 1 S"]:
+        """The timestep of each step, or of each latent frame in it: a first frame that is given has timestep 0."""
+        if self.first is None:
+            return timesteps
+        return timesteps[:, None, None] * (jnp.arange(frames) > 0)
+
+
+def encode_text(encoder: T5, ids, lengths) -> Text:
+    """States of each prompt's own tokens, zeros after them."""
+    return Text(encoder.padded(ids, lengths))
+
+
+def encode_pictures(encoder: CLIPVision, pictures: Float[Array, "K Y X 3"]) -> Float[Array, "1 I E"]:
+    """One or two preprocessed pictures to the tokens before the encoder's last layer, one after the other."""
+    states = encoder(pictures, skip=0).states
+    return states.reshape(1, -1, states.shape[-1])
+
+
+def encode_frames(
+    vae: AutoencoderKLWan, first: UInt8[Array, "1 H W 3"], last: UInt8[Array, "1 H W 3"] | None, frames: int,
+    tiling: bool,
+) -> Float[Array, "1 S h w r+C"]:  # fmt: skip
+    """The given frames in a video that is grey elsewhere, as the channels beside the noise: mask, then latents."""
+    blank = jnp.zeros((1, frames - 1 - (last is not None), *first.shape[1:]))
+    parts = [_unit(first)[:, None], blank] + ([] if last is None else [_unit(last)[:, None]])
+    z = _encode(vae, jnp.concatenate(parts, 1), tiling)
+    given = mask(frames, vae.cfg.time_factor or 1, last is not None)
+    spread = jnp.broadcast_to(given[None, :, None, None], (*z.shape[:4], given.shape[-1]))
+    return jnp.concatenate([spread, z], -1)
+
+
+def encode_first(vae: AutoencoderKLWan, first: UInt8[Array, "1 H W 3"], tiling: bool) -> Float[Array, "1 1 h w C"]:
+    """The latents of the first frame alone."""
+    return _encode(vae, _unit(first)[:, None], tiling)
+
+
+def mask(frames: int, r: int, last: bool) -> Float[np.ndarray, "S r"]:
+    """Which frames are given, r flags a latent frame: the first latent frame is one frame, counted r times."""
+    given = np.zeros(frames, np.float32)
+    given[0] = 1
+    given[-1] = max(given[-1], float(last))
+    return np.concatenate([np.repeat(given[:1], r), given[1:]]).reshape(-1, r)
+
+
+def _unit(picture: UInt8[Array, "1 H W 3"]) -> Float[Array, "1 H W 3"]:
+    return picture.astype(jnp.float32) / 127.5 - 1
+
+
+def _encode(vae: AutoencoderKLWan, video: Float[Array, "1 T H W 3"], tiling: bool) -> Float[Array, "1 S h w C"]:
+    """The posterior's mode, normalised."""
+    posterior = vae.encode(video, tiles=Tiles() if tiling else None)
+    return vae.normalise(posterior.mode().astype(jnp.float32))

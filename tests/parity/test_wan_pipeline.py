@@ -1,0 +1,133 @@
+"""The whole Wan family against diffusers: load, prompts, pictures, guidance, experts, solver, autoencoder."""
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanImageToVideoPipeline
+from PIL import Image
+from util_sd3 import error, noise
+from util_wan_pipeline import Z, channels_last, pipeline
+
+import jdit
+
+pytestmark = pytest.mark.torch
+
+PROMPTS = ["a red cat on  the moon &amp; two apples", "two"]
+NEGATIVE = ["", "blue apple, sat"]
+SIZE = dict(height=48, width=80, num_frames=9)  # latents 3 x 6 x 10, tokens 3 x 3 x 5
+SHAPE = (2, Z, 3, 6, 10)
+LARGE = dict(height=96, width=160, num_frames=9)  # the same latents with 16 x 16 pixels each
+PICTURES = [Image.fromarray(np.random.default_rng(i).integers(0, 255, (61, 47 + 9 * i, 3), np.uint8)) for i in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory):
+    """kind -> (upstream's pipeline, ours, its folder), made once."""
+
+    @functools.cache
+    def make(kind: str, **kw):
+        folder = tmp_path_factory.mktemp("wan") / kind
+        theirs = pipeline(folder, kind, **kw)
+        return theirs, jdit.load(folder, dtype="float32"), folder
+
+    return make
+
+
+def both(theirs, ours, *, steps=5, output="latents", tokens=17, size=SIZE, seed=0, prompts=PROMPTS, **kw):
+    """(ours, upstream's) latents or float frames, from the same noise; `kw` go to both, by our names."""
+    latents = noise(seed, *SHAPE)
+    names = {"guidance": "guidance_scale", "guidance_2": "guidance_scale_2"}
+    with torch.no_grad():
+        want = theirs(
+            prompt=prompts, negative_prompt=NEGATIVE, latents=latents.clone(), num_inference_steps=steps,
+            max_sequence_length=tokens, output_type={"latents": "latent", "float": "np"}[output], **size,
+            **{names.get(k, k): v for k, v in kw.items()},
+        ).frames  # fmt: skip
+    got = ours(
+        prompts, negative_prompt=NEGATIVE, latents=channels_last(latents), steps=steps, max_text_tokens=tokens,
+        output=output, **size, **kw,
+    )  # fmt: skip
+    return (got.latents, channels_last(want)) if output == "latents" else (got.pixels, want)
+
+
+def scheduled(theirs, scheduler):
+    other = type(theirs)(**(theirs.components | {"scheduler": scheduler}), **settings(theirs))
+    other.set_progress_bar_config(disable=True)
+    return other
+
+
+def settings(theirs) -> dict:
+    return {k: theirs.config[k] for k in ("boundary_ratio", "expand_timesteps")}
+
+
+def flow(shift: float) -> UniPCMultistepScheduler:
+    return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
+
+
+@pytest.mark.parametrize("output", ["latents", "float"])
+def test_text_to_video(load, output):
+    theirs, ours, _ = load("t2v")
+    assert error(*both(theirs, ours, guidance=5.5, output=output)) < 1e-4
+
+
+@pytest.mark.parametrize("shift", [3.0, 8.0])
+def test_shifts_and_solvers(load, shift):
+    theirs, ours, _ = load("t2v")
+    got, want = both(scheduled(theirs, flow(shift)), functools.partial(ours, shift=shift), guidance=4.0, seed=1)
+    assert error(got, want) < 1e-4
+    euler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    named = functools.partial(ours, solver="euler", shift=shift)
+    got, want = both(scheduled(theirs, euler), named, guidance=4.0, seed=1)
+    assert error(got, want) < 1e-4
+    config = {"_class_name": "FlowMatchEulerDiscreteScheduler", **euler.config}
+    latents = channels_last(noise(1, *SHAPE))
+    again = ours(
+        PROMPTS, negative_prompt=NEGATIVE, latents=latents, steps=5, max_text_tokens=17, guidance=4.0, output="latents",
+        solver=config, **SIZE,
+    )  # fmt: skip
+    assert np.array_equal(again.latents, got)
+
+
+@pytest.mark.parametrize("output", ["latents", "float"])
+def test_first_frame(load, output):
+    theirs, ours, _ = load("i2v")
+    got, want = both(theirs, ours, guidance=3.5, image=PICTURES[0], tokens=512, output=output)
+    assert error(got, want) < 1e-4
+
+
+def test_first_and_last_frame(load):
+    theirs, ours, _ = load("flf2v")
+    pictures = dict(image=PICTURES[0], last_image=PICTURES[1])
+    got, want = both(theirs, ours, guidance=3.5, tokens=512, output="float", **pictures)
+    assert error(got, want) < 1e-4
+
+
+@pytest.mark.parametrize("guidance_2", [None, 2.0])
+def test_two_experts(load, guidance_2):
+    theirs, ours, _ = load("t2v-experts")
+    calls = dict(guidance=4.0) | ({} if guidance_2 is None else {"guidance_2": guidance_2})
+    got, want = both(theirs, ours, output="float", seed=2, **calls)
+    assert error(got, want) < 1e-4
+    assert {p[0]: t.steps for p, t in ours.experts(ours.table(5)).items()} == {"denoise_high": 2, "denoise_low": 3}
+
+
+def test_two_experts_from_pictures(load):
+    theirs, ours, _ = load("i2v-experts")
+    pictures = dict(image=PICTURES[0], last_image=PICTURES[1])
+    first = dict(image=PICTURES[0])
+    for given in (first, pictures):
+        got, want = both(theirs, ours, guidance=3.5, guidance_2=3.0, seed=3, **given)
+        assert error(got, want) < 1e-4
+
+
+def test_text_or_first_frame(load):
+    theirs, ours, _ = load("5b")
+    got, want = both(theirs, ours, guidance=5.0, size=LARGE, output="float")
+    assert error(got, want) < 1e-4
+    other = WanImageToVideoPipeline(**theirs.components, **settings(theirs))
+    other.set_progress_bar_config(disable=True)
+    for output in ("latents", "float"):
+        got, want = both(other, ours, guidance=5.0, size=LARGE, output=output, image=PICTURES[0])
+        assert error(got, want) < 1e-4
