@@ -205,6 +205,18 @@ def save(pixels: np.ndarray, path: str | Path, *, fps: float | Fraction | None, 
     return [write_video(frames, name, fps, crf=crf) for frames, name in zip(pixels, numbered(path, len(pixels)))]
 
 
+def check_rate(path: Path, fps: float | Fraction) -> Fraction:
+    """The rate as a fraction, if a file of this suffix can have it.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    rate = as_fps(fps)
+    if path.suffix.lower() == ".gif" and rate > 50:
+        raise ValueError(f"{path}: fps={fps}, a gif has at most 50; write mp4 or webp")
+    return rate
+
+
 def write_video(frames: np.ndarray, path: str | Path, fps: float | Fraction | None, *, crf: float = 17) -> Path:
     """Write (T, H, W, 3), uint8 or float in [0, 1], beside its place and rename. The suffix chooses: mp4 and mov (as
     `VideoWriter`), gif (at most 50 frames a second) and webp, both looping; one frame may be any picture.
@@ -229,9 +241,7 @@ def write_video(frames: np.ndarray, path: str | Path, fps: float | Fraction | No
             for i in range(0, len(frames), 16):
                 writer.write(frames[i : i + 16])
         return path
-    rate, unit = as_fps(fps), 10 if suffix == ".gif" else 1
-    if suffix == ".gif" and rate > 50:
-        raise ValueError(f"{path}: fps={fps}, a gif has at most 50; write mp4 or webp")
+    rate, unit = check_rate(path, fps), 10 if suffix == ".gif" else 1
     ends = [unit * round(i * 1000 / rate / unit) for i in range(len(frames) + 1)]
     first, *rest = (Image.fromarray(as_uint8(f)) for f in frames)
     durations = [b - a for a, b in itertools.pairwise(ends)]

@@ -1,0 +1,179 @@
+"""`jdit generate`: pictures and videos from prompts. What cannot work is refused before any weight is read."""
+
+import contextlib
+import re
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from jdit.terminal import compilation_cache, err, import_jax, interruptible, parts_of, progress_bar, say
+
+EXAMPLES = """\b
+Examples:
+  jdit generate "a red apple"
+  jdit generate "a red apple" -o apple.png --seed 7 --steps 30
+  jdit generate "a cat" "a dog" --grid -o sheet.png
+  jdit generate "a cat" --model stabilityai/stable-diffusion-3.5-medium --dtype bfloat16
+  jdit generate "a castle" --model DIR --image sketch.png --strength 0.7
+  jdit generate "a cat surfing" --model DIR --frames 81 --size 832x480 -o clip.mp4
+  jdit generate "the cat jumps" --model DIR --image first.png --last-image last.png -o clip.mp4"""
+
+
+class Size(click.ParamType):
+    """WIDTHxHEIGHT, as (height, width)."""
+
+    name = "WIDTHxHEIGHT"
+
+    def convert(self, value: Any, param, ctx) -> tuple[int, int]:
+        if isinstance(value, tuple):
+            return value
+        if not (m := re.fullmatch(r"(\d+)[xX×](\d+)", value)):
+            self.fail(f"{value!r} is not WIDTHxHEIGHT, as 832x480", param, ctx)
+        return int(m[2]), int(m[1])
+
+
+def _mesh(text: str | None):
+    if text is None:
+        return None
+    from jdit.sharding import MESH_AXES, make_mesh
+
+    sizes: dict[str, int] = {}
+    for item in text.split(","):
+        name, _, size = item.partition("=")
+        if name not in MESH_AXES or not size.isdigit():
+            raise click.BadParameter(f"{item!r}: give axes as {'=N,'.join(MESH_AXES)}=N", param_hint="--mesh")
+        sizes[name] = int(size)
+    return make_mesh(**sizes)
+
+
+@click.command(epilog=EXAMPLES)
+@click.argument("prompts", nargs=-1, required=True, metavar="PROMPT...")
+@click.option("--model", default="fluent-image", show_default=True, help="Bundled name, folder, file or hub id.")
+@click.option("-o", "--output", type=click.Path(path_type=Path),
+              help="Where to write: a picture (png, jpg, webp, gif) or a video (mp4, mov, gif, webp) by its suffix.  "
+                   "[default: out.png, out.mp4 for videos]")  # fmt: skip
+@click.option("--negative", "negative_prompt", help="What to steer away from.")
+@click.option("--size", type=Size(), metavar="WxH", help="--width and --height in one, as 832x480.")
+@click.option("--height", type=int, help="Pixels.  [default: the model's]")
+@click.option("--width", type=int, help="Pixels.  [default: the model's]")
+@click.option("--frames", "num_frames", type=int, help="Frames of a video, as 81.  [default: the model's]")
+@click.option("--fps", type=float, help="Frames a second that the video is played at.  [default: the model's]")
+@click.option("--steps", type=click.IntRange(1), help="Solver steps.  [default: the model's]")
+@click.option("--guidance", type=float, help="Classifier-free scale, 1 is off.  [default: the model's]")
+@click.option("--guidance-2", "guidance_2", type=float,
+              help="That of the second transformer (the last, less noisy steps).  [default: the model's]")  # fmt: skip
+@click.option("--shift", type=float, help="Flow shift.  [default: the checkpoint's]")
+@click.option("--solver", type=click.Choice(["euler", "unipc", "dpmpp"]), help="[default: the checkpoint's]")
+@click.option("--seed", type=int, default=0, show_default=True, help="Output i takes seed + i.")
+@click.option("-n", "--num-outputs", type=click.IntRange(1), default=1, show_default=True, help="Results a prompt.")
+@click.option("--image", type=click.Path(path_type=Path), help="Start from this picture; a video's first frame.")
+@click.option("--last-image", "last_image", type=click.Path(path_type=Path), help="A video's last frame.")
+@click.option("--strength", type=float, help="With --image: how much of it is repainted, 0 to 1.  [default: 0.6]")
+@click.option("--skip-layers", help="Skip-layer guidance: layers, as 7,8,9 for SD3.5 medium.")
+@click.option("--max-text-tokens", type=int, help="T5 tokens, padding included.")
+@click.option("--vae-tiling", is_flag=True, help="Encode and decode by tiles: less memory.")
+@click.option("--vae-slicing", is_flag=True, help="Decode a picture at a time: less memory.")
+@click.option("--two-passes", is_flag=True, help="Guidance as two runs of the transformer: less memory.")
+@click.option("--grid", is_flag=True, help="One contact sheet of the pictures of all prompts.")
+@click.option("--dtype", type=click.Choice(["auto", "bfloat16", "float16", "float32"]), default="auto",
+              show_default=True, help="auto: float32 on a CPU, bfloat16 elsewhere.")  # fmt: skip
+@click.option("--mesh", help="Devices, as data=2,sequence=4.")
+@click.option("--part", "parts", multiple=True, metavar="NAME=PATH", help="Take a component from elsewhere.")
+def generate(prompts, model, output, grid, fps, dtype, mesh, parts, **options):
+    """Generate pictures or videos from prompts."""
+    from jdit import media
+
+    media.check_target(output or Path("out.png"), (*media.FORMATS, *media.MOVIES))  # before anything slow
+    arguments = _arguments(**options)
+    start = time.perf_counter()
+    with err.status("loading") as status:
+        jax = import_jax()
+        compilation_cache()
+        from jdit.load import open_model
+
+        opened = open_model(model, parts=parts_of(parts))
+        dry = opened.dry()
+        dry.check(**arguments)
+        output = _target(output, dry, arguments.get("num_frames"), fps, grid)
+        chosen = dtype if dtype != "auto" else "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        on_component = lambda name: status.update(f"loading {name}")
+        pipe = opened.pipeline(mesh=_mesh(mesh), dtype=chosen, on_component=on_component)
+    texts = list(prompts)
+    with _listeners("on_frame" in dry.takes) as listeners:
+        out = pipe(texts, **arguments, **listeners)
+    assert out.pixels is not None  # only output="latents" has none
+    if grid:
+        captions = [t for t in texts for _ in range(arguments["num_outputs"])]
+        media.write(media.contact_sheet(out.pixels, captions), output)
+        written = [output]
+    else:
+        written = out.save(output, fps=fps)
+    spent = ", ".join(f"{name} {s:.1f} s" for name, s in out.timings.items())
+    say(f"{', '.join(map(str, written))} in {time.perf_counter() - start:.1f} s ({spent})")
+
+
+def _arguments(*, size: tuple[int, int] | None, skip_layers: str | None, **options: Any) -> dict[str, Any]:
+    """What the options say, as arguments of the pipeline; pictures are read."""
+    from jdit import media
+
+    arguments = {k: v for k, v in options.items() if v is not None and v is not False}  # 0 is a value
+    if size and (twice := [f"--{n}" for n in ("height", "width") if n in arguments]):
+        raise click.BadParameter(f"gives both sides; leave {' and '.join(twice)} out", param_hint="--size")
+    if size:
+        arguments["height"], arguments["width"] = size
+    if skip_layers:
+        try:
+            arguments["skip_layers"] = [int(i) for i in skip_layers.split(",")]
+        except ValueError:
+            raise click.BadParameter(
+                f"{skip_layers!r}: give layer numbers, as 7,8,9", param_hint="--skip-layers"
+            ) from None
+    return arguments | {k: media.picture(arguments[k]) for k in ("image", "last_image") if k in arguments}
+
+
+def _target(output: Path | None, pipe, num_frames: int | None, fps: float | None, grid: bool) -> Path:
+    """Where to write, if the family's results can be written there.
+
+    Raises:
+        ValueError, OSError: a suffix or a rate that cannot be; a folder that cannot be written to.
+    """
+    from jdit import media
+
+    family, frames = pipe.parts.family, pipe.frames(num_frames)
+    output = output or Path("out.png" if frames in (None, 1) else "out.mp4")
+    if frames is None and fps is not None:
+        raise ValueError(f"--fps goes with videos; {family} makes pictures")
+    if frames is None and output.suffix.lower() in media.MOVIES:
+        raise ValueError(f"{output}: {family} makes pictures, no videos; there are {', '.join(media.FORMATS)}")
+    if frames is not None and grid:
+        raise ValueError(f"--grid lays pictures on a sheet; {family} makes videos")
+    media.check_target(output, num_frames=frames)
+    if fps is not None:
+        from jdit.video import check_rate
+
+        check_rate(output, fps)
+    return output
+
+
+@contextlib.contextmanager
+def _listeners(frames: bool) -> Iterator[dict[str, Callable[[int, int], None]]]:
+    """Progress and Ctrl-C while a pipeline runs: what it tells of its steps and, where it does, of decoded frames."""
+    with progress_bar() as bar, interruptible() as check:
+        denoise = bar.add_task("prepare", total=None)
+        decode = bar.add_task("decode", total=None, start=False, visible=False)
+
+        def on_step(step: int, steps: int):
+            check()
+            bar.update(denoise, description="denoise", completed=step, total=steps)
+            if step == steps:
+                bar.start_task(decode)
+                bar.update(decode, visible=True)
+
+        def on_frame(frame: int, frames: int):
+            check()
+            bar.update(decode, completed=frame, total=frames)
+
+        yield {"on_step": on_step} | ({"on_frame": on_frame} if frames else {})
