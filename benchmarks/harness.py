@@ -169,7 +169,7 @@ def report(rows: Sequence[dict[str, Any]], about: str, tflop: Callable[[str], fl
         f"{datetime.date.today()}, {rows[0]['device']}, {versions}; {about} Ceiling of matrix products {ceiling:.0f} "
         "TFLOP/s.",
         "",
-        "| what | who | ms | x peer | spread | TFLOP/s | of ceiling | compile, s | x peer | first result at, s | peak GB |",
+        "| what | who | ms | x peer | spread | TFLOP/s | of ceiling | compile, s | x peer | result at, s | peak GB |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
