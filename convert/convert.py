@@ -104,7 +104,7 @@ def kept(cfg: Any) -> frozenset[str]:
 def _to_jdit(source: Source, name: str, dst: Path, dtype, check: bool, overwrite: bool, progress) -> str:
     digests = {n: stream.Digest() for n in source.parts}
     components: dict[str, list[Leaf]] = {}
-    problems: list[str] = []
+    problems = source.misfits()
     for n, part in source.parts.items():
         if found := stream.problems(part.reader, part.rules, targets(part.cfg)):
             problems += found

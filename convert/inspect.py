@@ -42,6 +42,7 @@ def inspect(src: str | Path, *, parts: Mapping[str, str | Path] | None = None) -
     for name, part in source.parts.items():
         out["components"][name] = _summary(part.cfg, [(t.shape, t.dtype) for t in part.reader.tensors.values()])
         out["problems"] += stream.problems(part.reader, part.rules, targets(part.cfg))
+    out["problems"] += source.misfits()
     source.close()
     return out
 

@@ -13,6 +13,8 @@ from convert.readers import Reader, Tensor, open_folder, open_sets, open_weights
 from convert.table import ConversionError, Rule, summary
 from jdit import zoo
 from jdit.nn.text.tokenizer import Tokenizer
+from jdit.pipeline.base import Parts
+from jdit.pipeline.families import PIPELINES
 from jdit.structs import Plan
 
 log = logging.getLogger("jdit")
@@ -58,6 +60,14 @@ class Source:
     scheduler: dict[str, Any]
     plan: Plan
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def misfits(self) -> list[str]:
+        """What keeps the components from working together, a line each; parts of a model are not judged."""
+        configs = {n: p.cfg for n, p in self.parts.items()}
+        if not {"transformer", "vae"} <= configs.keys():
+            return []
+        parts = Parts(self.family, self.variant, configs, self.tokenizers, self.scheduler, self.plan, self.settings)
+        return [f"{self.path}: {line}" for line in PIPELINES[self.family].misfits(parts)]
 
     def close(self):
         for part in self.parts.values():

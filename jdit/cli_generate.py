@@ -3,7 +3,7 @@
 import contextlib
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +159,7 @@ def _target(output: Path | None, pipe, num_frames: int | None, fps: float | None
 
 
 @contextlib.contextmanager
-def _listeners(frames: bool) -> Iterator[dict[str, Callable[[int, int], None]]]:
+def _listeners(frames: bool) -> Iterator[dict[str, Any]]:
     """Progress and Ctrl-C while a pipeline runs: what it tells of its steps and, where it does, of decoded frames."""
     with progress_bar() as bar, interruptible() as check:
         denoise = bar.add_task("prepare", total=None)
