@@ -8,8 +8,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -19,16 +17,16 @@ from convert.layout import detect
 from convert.source import Source, open_source
 from convert.table import ConversionError, summary
 from jdit import checkpoint, sharding, zoo
+from jdit.pipeline import memory
 from jdit.pipeline.base import Parts, Pipeline
 from jdit.pipeline.executor import Weights
-from jdit.pipeline.sd3 import StableDiffusion3
-from jdit.pipeline.wan import WanVideo
+from jdit.pipeline.families import PIPELINES
+from jdit.pipeline.memory import MemoryPlan
 from jdit.sharding import Rules
 from jdit.structs import Plan
 
 log = logging.getLogger("jdit")
 
-PIPELINES: dict[str, type[Pipeline]] = {"sd3": StableDiffusion3, "wan": WanVideo}
 ASSETS = Path(__file__).parent / "assets"
 DTYPES = ("bfloat16", "float16", "float32")
 OnComponent = Callable[[str], None]
@@ -54,10 +52,8 @@ class Opened:
         check_dtype(dtype)
         if rules is not None and mesh is None:
             raise ValueError("rules says where axes go on a mesh: give mesh as well (jdit.make_mesh)")
-        placed = {n: registry.placed(c, dtype, rules or Rules()) for n, c in self.parts.configs.items()}
-        parts = dataclasses.replace(self.parts, configs=placed)
-        makes = {n: registry.of_config(c).make(c) for n, c in placed.items()}
-        targets = {n: sharding.abstract(make, mesh, rules)[1] for n, make in makes.items()}
+        parts, makes, targets = self._placed(mesh, rules, dtype)
+        placed = parts.configs
         if problems := [line for n in placed for line in self.problems(n, targets[n])]:
             raise ConversionError(summary(problems))
 
@@ -66,13 +62,40 @@ class Opened:
                 on_component(name)
             return sharding.assemble(makes[name], self.leaves(name, targets[name]))
 
-        waiting = _waiting(placed, mesh)
+        plan = self._memory(targets)
+        waiting = plan.waiting
         if waiting:
             log.info(
                 "the device is short of memory: %s are read for their stage and freed after it", ", ".join(waiting)
             )
+        if not plan.fits:
+            log.warning("%.1f GB of weights at once, and room for %.1f GB", plan.peak / 1e9, (plan.room or 0) / 1e9)
         weights = Weights({n: read(n) for n in placed if n not in waiting}, {n: (lambda n=n: read(n)) for n in waiting})
         return PIPELINES[parts.family](parts, weights, mesh=mesh)
+
+    def _placed(self, mesh: Mesh | None, rules: Rules | None, dtype: str):
+        """Parts with dtype and rules in their configs, and each component's constructor and targets."""
+        placed = {n: registry.placed(c, dtype, rules or Rules()) for n, c in self.parts.configs.items()}
+        makes = {n: registry.of_config(c).make(c) for n, c in placed.items()}
+        targets = {n: sharding.abstract(make, mesh, rules)[1] for n, make in makes.items()}
+        return dataclasses.replace(self.parts, configs=placed), makes, targets
+
+    def memory(
+        self, *, mesh: Mesh | None = None, rules: Rules | None = None, dtype: str = "bfloat16",
+        room: float | None = None,
+    ) -> MemoryPlan:  # fmt: skip
+        """What is on a device in each stage of a usual call.
+
+        Args:
+            room: bytes for weights; None asks the device.
+        """
+        check_dtype(dtype)
+        return self._memory(self._placed(mesh, rules, dtype)[2], room)
+
+    def _memory(self, targets: Mapping[str, dict], room: float | None = None) -> MemoryPlan:
+        sizes = {n: sum(map(sharding.bytes_a_device, leaves.values())) for n, leaves in targets.items()}
+        stages = self.dry().usual_stages()
+        return memory.plan(stages, sizes, memory.room() if room is None else room)
 
     def dry(self) -> Pipeline:
         """The pipeline without weights: it checks sizes and arguments."""
@@ -177,22 +200,6 @@ def _opened_jdit(path: Path) -> Opened:
             return [str(e)]
 
     return Opened(parts, lambda name, targets: checkpoint.restore(path, name, targets), problems)
-
-
-def _waiting(configs: Mapping[str, Any], mesh: Mesh | None) -> list[str]:
-    """Components to be read only for their stage: the encoders, where everything together does not fit one device.
-
-    A tenth of the memory, 4 GB at least, is left to activations.
-    """
-    stats = jax.local_devices()[0].memory_stats() or {}
-    if "bytes_limit" not in stats:
-        return []
-    ways = mesh.size if mesh is not None else 1
-    sizes = {n: sharding.count(registry.of_config(c).make(c)) * jnp.dtype(c.dtype).itemsize for n, c in configs.items()}
-    room = stats["bytes_limit"] - max(4e9, 0.1 * stats["bytes_limit"])
-    if sum(sizes.values()) / ways <= room:
-        return []
-    return [n for n in configs if n.startswith("text_encoder")]
 
 
 class _Callable(types.ModuleType):

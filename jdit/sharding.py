@@ -6,7 +6,9 @@ module config and is therefore part of every jit key.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 from flax import nnx
@@ -146,6 +148,12 @@ def count(module_or_make: nnx.Module | Callable[[], nnx.Module]) -> int:
                 n *= d
             total += n
     return total
+
+
+def bytes_a_device(leaf: jax.ShapeDtypeStruct) -> int:
+    """Bytes of a leaf of `abstract` on each device."""
+    placed: Any = getattr(leaf, "sharding", None)
+    return math.prod(leaf.shape if placed is None else placed.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
 
 def dotted(path: Path) -> str:

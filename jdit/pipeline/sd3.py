@@ -85,6 +85,7 @@ def denoise(
     transformer: MMDiT, x, text: Text, table: sampling.Table, scale, skip: LayerSkip | None, report: bool
 ) -> Float[Array, "B h w C"]:
     """The sampling loop. Modulation of all steps and the text projection are computed before it."""
+    assert text.pooled is not None  # CLIP's
     timesteps = jnp.asarray(table.timestep, jnp.float32)
     rows = (transformer.modulation_table(timesteps, text.pooled), None if skip is None else skip.active)
     context = transformer.embed_context(text.states)

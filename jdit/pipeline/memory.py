@@ -1,0 +1,72 @@
+"""The memory plan: which weights are on a device in each stage, and which wait on the host for theirs."""
+
+import itertools
+from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+
+from jdit.pipeline.executor import Stage
+
+
+class Resident(NamedTuple):
+    """The weights that are on a device while a stage runs, in bytes a device."""
+
+    stage: str
+    components: tuple[str, ...]
+    bytes: int
+
+
+class MemoryPlan(NamedTuple):
+    """How a pipeline's weights come and go.
+
+    Attributes:
+        waiting: components that are read for their stages and let go after the last of them.
+        room: bytes a device has for weights; None where it does not tell.
+    """
+
+    stages: tuple[Resident, ...]
+    waiting: tuple[str, ...]
+    room: int | None
+
+    @property
+    def peak(self) -> int:
+        return max((s.bytes for s in self.stages), default=0)
+
+    @property
+    def fits(self) -> bool:
+        return self.room is None or self.peak <= self.room
+
+    def describe(self) -> dict:
+        """As JSON has it."""
+        stages = [{"stage": s.stage, "resident": list(s.components), "bytes": s.bytes} for s in self.stages]
+        return {"stages": stages, "waiting": list(self.waiting), "peak": self.peak, "room": self.room}
+
+
+def plan(stages: Sequence[Stage], sizes: Mapping[str, int], room: float | None) -> MemoryPlan:
+    """Let those components wait whose reading again costs least, so that every stage fits; all, where none does.
+
+    Args:
+        stages: of a usual call. sizes: component -> bytes a device. room: bytes for weights; None has all resident.
+    """
+    choices = [c for n in range(len(sizes) + 1) for c in itertools.combinations(sizes, n)]
+    choices.sort(key=lambda names: sum(sizes[name] for name in names))
+    made = lambda names: MemoryPlan(follow(stages, sizes, names), names, None if room is None else int(room))
+    return next((p for p in map(made, choices) if p.fits), made(tuple(sizes)))
+
+
+def follow(stages: Sequence[Stage], sizes: Mapping[str, int], waiting: Collection[str]) -> tuple[Resident, ...]:
+    """What is resident in each stage as the executor runs them: see `executor.Weights`."""
+    here = {name for name in sizes if name not in waiting}
+    out = []
+    for n, stage in enumerate(stages, 1):
+        here |= set(stage.weights) & set(sizes)
+        out.append(Resident(stage.name, tuple(c for c in sizes if c in here), sum(sizes[c] for c in here)))
+        here -= set(waiting) - {w for later in stages[n:] for w in later.weights}
+    return tuple(out)
+
+
+def room() -> float | None:
+    """Bytes that a device has for weights: a tenth of its memory, 4 GB at least, is left to activations."""
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    return None if limit is None else limit - max(4e9, 0.1 * limit)
