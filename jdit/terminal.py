@@ -15,7 +15,8 @@ from types import FrameType
 import click
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 err = Console(stderr=True)
 USER, BROKEN = 2, 1  # exit codes: what the user gave, what broke
@@ -50,10 +51,32 @@ def _on_ctrl_c(handler: Callable) -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
+@contextlib.contextmanager
+def _not_swallowed() -> Iterator[None]:
+    """A Ctrl-C that a finaliser or a weak reference's callback swallowed (imports run many) comes a moment later."""
+    before = sys.unraisablehook
+
+    def hook(unraisable):
+        if issubclass(unraisable.exc_type, KeyboardInterrupt):
+            _later(signal.SIGINT)
+        else:
+            before(unraisable)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+
+
+def _later(number: int):
+    threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
+
+
 def _interrupt(number: int, frame: FrameType | None):
     """As Python's own handler, but inside of jax's callbacks, where exceptions are lost, a moment later."""
     if _inside_callback(frame):
-        threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
+        _later(number)
     else:
         raise KeyboardInterrupt
 
@@ -82,7 +105,7 @@ class Group(click.Group):
 
     def invoke(self, ctx: click.Context):
         try:
-            with _on_ctrl_c(_interrupt):
+            with _on_ctrl_c(_interrupt), _not_swallowed():
                 return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit):
             raise
@@ -149,6 +172,13 @@ def interruptible() -> Iterator[Callable[[], None]]:
             signal.set_wakeup_fd(before)
 
 
+class _Count(MofNCompleteColumn):
+    """How much is done, once it is known of how much."""
+
+    def render(self, task: Task) -> Text:
+        return Text() if task.total is None else super().render(task)
+
+
 def progress_bar() -> Progress:
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    columns = TextColumn("{task.description}"), BarColumn(), _Count(), TimeElapsedColumn()
     return Progress(*columns, console=err, transient=True, disable=not err.is_terminal)

@@ -4,6 +4,7 @@ import importlib
 import io
 import os
 import signal
+import time
 
 import av
 import jax
@@ -247,6 +248,19 @@ def test_ctrl_c_leaves_no_debris(when, monkeypatch, tmp_path):
     result = generate("-o", "a.mp4", "--frames", "4001", "--steps", "400")
     assert (result.exit_code, list(tmp_path.iterdir())) == (130, []), result.output
     assert "jdit: interrupted; nothing half-written is left behind" in error(result)
+
+
+def test_a_swallowed_ctrl_c_is_heard(monkeypatch):
+    class Loud:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def dry(self):
+        Loud()
+        time.sleep(5)
+
+    monkeypatch.setattr(Opened, "dry", dry)
+    assert generate().exit_code == 130
 
 
 def test_frames_are_told_without_steps():
