@@ -78,6 +78,13 @@ def inspect(src, as_json, parts):
     from convert.inspect import inspect as look
 
     found = look(src, parts=parts_of(parts))
+    if {"transformer", "vae"} <= found["components"].keys():
+        from jdit.load import open_model
+
+        try:
+            found["memory"] = open_model(src, parts=parts_of(parts)).memory().describe()
+        except ValueError as e:  # components that do not go together
+            found["problems"].append(str(e))
     if as_json:
         click.echo(json.dumps(found, indent=2))
     else:
@@ -102,8 +109,21 @@ def _print_inspection(found: dict[str, Any]):
     if found["tokenizers"]:
         out.print("tokenizers: " + ", ".join(found["tokenizers"]), markup=False, highlight=False)
     out.print(f"scheduler: {found['scheduler'].get('_class_name', 'none')}", markup=False, highlight=False)
+    if "memory" in found:
+        _print_memory(out, found["memory"])
     for problem in found["problems"]:
         out.print(f"problem: {problem}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _print_memory(out: Console, plan: dict[str, Any]):
+    table = Table("stage", "weights on the device (bfloat16)", "size", box=None, pad_edge=False)
+    for stage in plan["stages"]:
+        table.add_row(stage["stage"], ", ".join(stage["resident"]), _size(stage["bytes"]))
+    out.print(table)
+    room = "unknown on this device" if plan["room"] is None else _size(plan["room"])
+    waiting = f"; read for their stages: {', '.join(plan['waiting'])}" if plan["waiting"] else ""
+    out.print(f"memory: {_size(plan['peak'])} of weights at most, {_size(plan['least'])} if each waits for its stage, "
+              f"room {room}{waiting}", markup=False, highlight=False, soft_wrap=True)  # fmt: skip
 
 
 @main.command()

@@ -23,15 +23,17 @@ class MemoryPlan(NamedTuple):
     Attributes:
         waiting: components that are read for their stages and let go after the last of them.
         room: bytes a device has for weights; None where it does not tell.
+        least: the peak if every component waited.
     """
 
     stages: tuple[Resident, ...]
     waiting: tuple[str, ...]
     room: int | None
+    least: int
 
     @property
     def peak(self) -> int:
-        return max((s.bytes for s in self.stages), default=0)
+        return _peak(self.stages)
 
     @property
     def fits(self) -> bool:
@@ -40,7 +42,8 @@ class MemoryPlan(NamedTuple):
     def describe(self) -> dict:
         """As JSON has it."""
         stages = [{"stage": s.stage, "resident": list(s.components), "bytes": s.bytes} for s in self.stages]
-        return {"stages": stages, "waiting": list(self.waiting), "peak": self.peak, "room": self.room}
+        return {"stages": stages, "waiting": list(self.waiting), "peak": self.peak, "least": self.least,
+                "room": self.room}  # fmt: skip
 
 
 def plan(stages: Sequence[Stage], sizes: Mapping[str, int], room: float | None) -> MemoryPlan:
@@ -51,7 +54,8 @@ def plan(stages: Sequence[Stage], sizes: Mapping[str, int], room: float | None) 
     """
     choices = [c for n in range(len(sizes) + 1) for c in itertools.combinations(sizes, n)]
     choices.sort(key=lambda names: sum(sizes[name] for name in names))
-    made = lambda names: MemoryPlan(follow(stages, sizes, names), names, None if room is None else int(room))
+    least, limit = _peak(follow(stages, sizes, tuple(sizes))), None if room is None else int(room)
+    made = lambda names: MemoryPlan(follow(stages, sizes, names), names, limit, least)
     return next((p for p in map(made, choices) if p.fits), made(tuple(sizes)))
 
 
@@ -64,6 +68,10 @@ def follow(stages: Sequence[Stage], sizes: Mapping[str, int], waiting: Collectio
         out.append(Resident(stage.name, tuple(c for c in sizes if c in here), sum(sizes[c] for c in here)))
         here -= set(waiting) - {w for later in stages[n:] for w in later.weights}
     return tuple(out)
+
+
+def _peak(stages: Sequence[Resident]) -> int:
+    return max((s.bytes for s in stages), default=0)
 
 
 def room() -> float | None:

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.numpy import save_file
 from test_wan_pipeline import LARGE, NEGATIVE, PICTURES, PROMPTS, SHAPE, SIZE
 from util_sd3 import error, noise
@@ -14,12 +15,15 @@ from util_wan_pipeline import KINDS, channels_last, pipeline
 import jdit
 from convert import autoencoder_kl_wan, t5, wan, write
 from convert.convert import convert
+from jdit.cli import main
 from jdit.load import open_model
 from jdit.nn.vae.autoencoder_kl_wan_config import MEAN_21, MEAN_22, STD_21, STD_22
+from jdit.pipeline import memory
 from jdit.sharding import dotted, leaves, make_mesh
 
 pytestmark = pytest.mark.torch
 
+EXPERTS = {"denoise_high": "transformer", "denoise_low": "transformer_2"}
 SHORT = dict(steps=2, guidance=3.0, max_text_tokens=9, output="latents")
 
 
@@ -193,6 +197,32 @@ def test_parts_that_do_not_fit(folders, tmp_path, kind, name, fields, words):
     with pytest.raises(ValueError) as e:
         open_model(edited(folders, tmp_path, kind, name, **fields))
     assert words in str(e.value) and "\n" not in str(e.value)
+
+
+def test_inspect_tells_the_memory_plan_and_misfits(folders, tmp_path):
+    run = lambda folder: CliRunner().invoke(main, ["inspect", str(folder), "--json"])
+    told = json.loads(run(folders("t2v-experts")).stdout)
+    assert [s["stage"] for s in told["memory"]["stages"]][:4] == ["encode_text", "prepare", *EXPERTS]
+    assert told["memory"]["least"] < told["memory"]["peak"] and told["problems"] == []
+    assert "denoise_low" in CliRunner().invoke(main, ["inspect", str(folders("t2v-experts"))]).stdout
+    broken = run(edited(folders, tmp_path, "t2v", "model_index.json", boundary_ratio=0.5))
+    assert broken.exit_code == 2 and "no transformer_2" in json.loads(broken.stdout)["problems"][0]
+
+
+def test_experts_and_encoder_take_turns(folders, monkeypatch):
+    """With little room the experts are read for their stages, and the numbers stay."""
+    call = {**SHORT, **SIZE, "steps": 4}
+    want = jdit.load(folders("t2v-experts"), dtype="float32")("a cat", **call).latents
+    opened = open_model(folders("t2v-experts"))
+    monkeypatch.setattr(memory, "room", lambda: opened.memory(dtype="float32", room=0).least)
+    pipe = opened.pipeline(dtype="float32")
+    assert {"transformer", "transformer_2"} <= pipe.weights.waiting.keys()
+    seen, read = [], pipe.weights.waiting
+    for name in EXPERTS.values():
+        read[name] = lambda name=name, make=read[name]: (seen.append((name, set(pipe.weights.resident))), make())[1]
+    assert np.array_equal(pipe("a cat", **call).latents, want)
+    assert [name for name, _ in seen] == list(EXPERTS.values())
+    assert all(not {"transformer", "transformer_2"} & here for _, here in seen)
 
 
 # ------------------------------------------------------------------------------------------------- layouts
