@@ -36,7 +36,7 @@ def test_full_size(name, t5):
     values |= {
         "positive": half, "negative": half, "noise": jax.ShapeDtypeStruct((1, 96, 160, 16), jnp.float32),
         "clean": None, "table": sampling.from_config(variant.scheduler, 4), "guidance": jnp.float32(5), "skip": None,
-        "report": False, "output": "uint8", "vae_tiling": False, "vae_slicing": False,
+        "keys": None, "report": False, "output": "uint8", "vae_tiling": False, "vae_slicing": False,
         "image": jax.ShapeDtypeStruct((1, 768, 1280, 3), jnp.uint8), "image_keys": None,
     }  # fmt: skip
     values = check_wiring(sd3.stages(t5=t5, image=True, pixels=True, encode=False), modules, values)

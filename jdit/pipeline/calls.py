@@ -178,6 +178,13 @@ def noise(shape: Sequence[int], seed: int | Sequence[int] | None) -> jax.Array:
     return jnp.stack([jax.random.normal(key, tuple(shape[1:]), jnp.float32) for key in rows])
 
 
+def solver_keys(seed: int | Sequence[int] | None, count: int, stochastic: bool) -> jax.Array | None:
+    """A key an output for the noise of stochastic solvers, apart from that of the first noise; None adds none."""
+    if seed is None or not stochastic:
+        return None
+    return jnp.stack([jax.random.fold_in(key, 2) for key in keys(seed, count)])
+
+
 def given_latents(latents: np.ndarray | jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """The caller's noise, float32.
 

@@ -82,7 +82,7 @@ def prepare(positive: Text, negative: Text | None, noise, clean, table: sampling
 
 
 def denoise(
-    transformer: MMDiT, x, text: Text, table: sampling.Table, scale, skip: LayerSkip | None, report: bool
+    transformer: MMDiT, x, text: Text, table: sampling.Table, scale, skip: LayerSkip | None, keys, report: bool
 ) -> Float[Array, "B h w C"]:
     """The sampling loop. Modulation of all steps and the text projection are computed before it."""
     assert text.pooled is not None  # CLIP's
@@ -106,7 +106,8 @@ def denoise(
         )
     elif scale is not None:
         model = guide.classifier_free(model, scale)
-    return sampling.solve(model, x, table, per_step=rows, on_step=calls.report_step if report else None)
+    told = calls.report_step if report else None
+    return sampling.solve(model, x, table, key=keys, per_step=rows, on_step=told)
 
 
 def decode(vae: AutoencoderKL, latents, kind: str, tiling: bool, slicing: bool):
@@ -138,8 +139,8 @@ def stages(*, t5: bool, image: bool, pixels: bool, encode: bool = True, generate
     out += [
         Stage("prepare", prepare, (), ("positive", "negative", "noise", "clean", "table"), ("x", "text")),
         Stage(
-            "denoise", denoise, ("transformer",), ("x", "text", "table", "guidance", "skip", "report"), ("latents",),
-            ("report",),
+            "denoise", denoise, ("transformer",), ("x", "text", "table", "guidance", "skip", "keys", "report"),
+            ("latents",), ("report",),
         ),
     ]  # fmt: skip
     if pixels:
@@ -279,7 +280,7 @@ class StableDiffusion3(base.Pipeline):
                 "positive": prompt.positive, "negative": prompt.negative if guided else None, "noise": noise,
                 "clean": None, "table": table, "guidance": jnp.float32(scale) if guided else None,
                 "skip": self._skip(a, table.steps) if guided else None, "report": a["on_step"] is not None,
-                "output": a["output"],
+                "output": a["output"], "keys": calls.solver_keys(a["seed"], count, table.stochastic),
                 "vae_tiling": bool(a.get("vae_tiling")), "vae_slicing": bool(a.get("vae_slicing")),
             }  # fmt: skip
             if a["image"] is not None:

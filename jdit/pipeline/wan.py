@@ -35,7 +35,7 @@ def prepare(positive: Text, negative: Text | None, noise, table: sampling.Table,
 
 
 def denoise(
-    transformer: Wan, state: sampling.State, given: Conditions, table: sampling.Table, scale, total: int,
+    transformer: Wan, state: sampling.State, given: Conditions, table: sampling.Table, scale, keys, total: int,
     two_passes: bool, report: bool,
 ) -> sampling.State:  # fmt: skip
     """The rows of a table that are this transformer's. Modulation of its steps, and the keys and values of each prompt,
@@ -43,7 +43,9 @@ def denoise(
     outputs, frames, texts = state.x.shape[0], state.x.shape[1], given.text.shape[0]
     tokens = None if given.tokens is None else jnp.broadcast_to(given.tokens, (texts, *given.tokens.shape[1:]))
     repeats = outputs * (1 if scale is None else 2) // texts
-    context = _rows(transformer.embed_context(given.text, tokens), lambda a: jnp.repeat(a, repeats, axis=1))
+    context = _rows(
+        transformer.embed_context(given.text, tokens), lambda a: a if repeats == 1 else jnp.repeat(a, repeats, 1)
+    )
     times = given.times(jnp.asarray(table.timestep, jnp.float32), frames)
 
     def predict(x, t, modulation, *, context):
@@ -56,8 +58,8 @@ def denoise(
         model = guide.two_passes(half(0), half(1), scale)
     elif scale is not None:
         model = guide.classifier_free(model, scale)
-    told = calls.report_step if report else None
-    return sampling.run(model, state, table, per_step=transformer.modulation_table(times), on_step=told, total=total)
+    table_rows, told = transformer.modulation_table(times), calls.report_step if report else None
+    return sampling.run(model, state, table, key=keys, per_step=table_rows, on_step=told, total=total)
 
 
 def _rows(context: Context, change) -> Context:
@@ -76,7 +78,7 @@ def decode(vae: AutoencoderKLWan, latents, kind: str, tiling: bool, slicing: boo
 
     def done(pixels):
         if report:
-            calls.report_frames(pixels, total)
+            calls.report_frames(pixels, total * (latents.shape[0] if slicing else 1))
         return calls.to_pixels(pixels, kind)
 
     whole = lambda z: vae.decode(z, tiles=Tiles() if tiling else None, finish=done)
@@ -110,7 +112,7 @@ def stages(
     out.append(Stage("prepare", prepare, (), reads, ("state", "conditions")))
     static = ("steps", "two_passes", "report")
     for name, transformer in experts:
-        reads = ("state", "conditions", f"table:{name}", f"guidance:{name}", *static)
+        reads = ("state", "conditions", f"table:{name}", f"guidance:{name}", "keys", *static)
         out.append(Stage(name, denoise, (transformer,), reads, ("state",), static))
     out.append(Stage("finish", finish, (), ("state", "conditions"), ("latents",)))
     if pixels:
@@ -314,6 +316,7 @@ class WanVideo(base.Pipeline):
                 "two_passes": bool(a.get("two_passes")), "report": a["on_step"] is not None, "output": a["output"],
                 "vae_tiling": bool(a.get("vae_tiling")), "vae_slicing": bool(a.get("vae_slicing")),
                 "report_frames": a.get("on_frame") is not None,
+                "keys": calls.solver_keys(a["seed"], count, table.stochastic),
             }  # fmt: skip
             for expert, part in experts.items():
                 values[f"table:{expert[0]}"] = part

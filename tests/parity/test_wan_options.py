@@ -66,6 +66,15 @@ class TestOptions:
         with pytest.raises(ValueError, match="negative_prompt"):
             text(text.encode(PROMPTS, negative_prompt=None), **settings, **SIZE)
 
+    def test_a_stochastic_solver_draws_from_the_seed(self, text):
+        sde = {"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "sde-dpmsolver++", "flow_shift": 3.0,
+               "prediction_type": "flow_prediction", "use_flow_sigmas": True}  # fmt: skip
+        run = lambda seed: (
+            text(PROMPTS, solver=sde, seed=seed, **SHORT, **SIZE, latents=np.zeros((2, 3, 6, 10, 4))).latents
+        )
+        first, still = run([3, 4]), run(None)
+        assert error(run([3, 4]), first) == 0 and error(run([4, 3])[0], first[0]) > 0.1 and error(first, still) > 0.1
+
     def test_without_guidance_no_negative_is_encoded(self, text, monkeypatch):
         seen, tokenizer = [], text.parts.tokenizers["tokenizer"]
         spy = lambda texts, length: seen.append(texts) or type(tokenizer).encode_with_lengths(tokenizer, texts, length)

