@@ -78,7 +78,7 @@ def inspect(src, as_json, parts):
     from convert.inspect import inspect as look
 
     found = look(src, parts=parts_of(parts))
-    if {"transformer", "vae"} <= found["components"].keys():
+    if not found["problems"] and {"transformer", "vae"} <= found["components"].keys():
         from jdit.load import open_model
 
         try:
@@ -93,12 +93,16 @@ def inspect(src, as_json, parts):
         sys.exit(USER)
 
 
+def _stdout() -> Console:
+    return Console(width=None if sys.stdout.isatty() else 160)  # what is piped is not folded to 80 columns
+
+
 def _size(n: int) -> str:
     return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.2f} MB"
 
 
 def _print_inspection(found: dict[str, Any]):
-    out = Console()
+    out = _stdout()
     variant = found["variant"] or "unknown"
     out.print(f"{found['source']}: {found['layout']}, family {found['family']}, variant {variant}",
               markup=False, highlight=False, soft_wrap=True)  # fmt: skip
@@ -138,7 +142,7 @@ def models():
         table.add_row(name, "bundled; in the style of Fluent emoji", "128 x 128 pictures", "this package")
     for name, variant in zoo.VARIANTS.items():
         table.add_row(name, variant.about, _makes(variant.plan), variant.source)
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    _stdout().print(table)
 
 
 def _makes(plan: Any) -> str:

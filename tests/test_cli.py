@@ -24,6 +24,8 @@ def test_help_has_examples(command):
 def test_models_are_listed():
     output = run("models").output
     assert all(name in output for name in ("fluent-image", "sd3.5-medium", "sd3.5-large-turbo"))
+    (line,) = (line for line in output.splitlines() if line.startswith("wan2.2-ti2v-5b "))
+    assert "121 frames, 1280 x 704, 24 fps" in line and line.rstrip().endswith("Wan-AI/Wan2.2-TI2V-5B-Diffusers")
 
 
 @pytest.mark.parametrize(

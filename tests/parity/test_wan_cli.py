@@ -12,6 +12,7 @@ from util_wan_pipeline import pipeline, vae
 from jdit import video
 from jdit.cli import main
 from jdit.load import Opened
+from jdit.pipeline import calls
 
 pytestmark = pytest.mark.torch
 
@@ -65,10 +66,15 @@ def test_from_a_first_to_a_last_frame(models, tmp_path, monkeypatch):
     for i in range(2):
         Image.fromarray(np.random.default_rng(i).integers(0, 256, (20, 40, 3), np.uint8)).save(f"{i}.png")
     pictures, model = ["--image", "0.png", "--last-image", "1.png"], ["--model", models["i2v-experts"][1]]
-    result = run("generate", "two", *model, *SHORT, *pictures, "--guidance-2", "2", "--fps", "24", "-o", "a.gif")
+    told, plain = [], calls._Listeners.chunk
+    note = lambda self, *a: (plain(self, *a), told.append((self.frames, a[1])))
+    monkeypatch.setattr(calls._Listeners, "chunk", note)
+    more = ["--guidance-2", "2", "--fps", "24", "-n", "2", "--vae-slicing", "-o", "a.gif"]
+    result = run("generate", "two", *model, *SHORT, *pictures, *more)
     assert result.exit_code == 0, result.output
     assert all(f"{stage} " in result.stderr for stage in ("denoise_high", "denoise_low", "decode"))
-    assert len(video.video("a.gif").frames) == 5
+    assert [len(video.video(f"a-{i}.gif").frames) for i in range(2)] == [5, 5]
+    assert told == [(1, 10), (5, 10), (6, 10), (10, 10)]
 
 
 REFUSED = {
