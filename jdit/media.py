@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".gif": "GIF"}
 MOVIES = {".mp4": "mp4", ".mov": "mov"}
@@ -16,7 +16,8 @@ Picture = np.ndarray | Image.Image | str | Path
 
 
 def picture(source: Picture) -> np.ndarray:
-    """A picture as uint8 (H, W, 3), from an array, a PIL image or a path. Transparency is laid on white.
+    """A picture as uint8 (H, W, 3), from an array, a PIL image or a path. Transparency is laid on white,
+    and a file is turned as its EXIF orientation says.
 
     Raises:
         ValueError: an array of another shape or dtype, or a file that is no picture. FileNotFoundError: no such file.
@@ -27,6 +28,7 @@ def picture(source: Picture) -> np.ndarray:
         try:
             source = Image.open(source)
             source.load()
+            source = ImageOps.exif_transpose(source)
         except Exception as e:  # Pillow's parsers raise anything when bytes are missing
             raise ValueError(f"{getattr(source, 'filename', source)} is not a picture that Pillow reads: {e}") from None
     if isinstance(source, Image.Image):

@@ -125,7 +125,10 @@ def say(message: str):
 
 def _fail(e: BaseException, code: int) -> int:
     logging.getLogger("jdit").info("what follows was raised here:", exc_info=e)
-    say(str(e) or type(e).__name__)
+    text = str(e) or type(e).__name__
+    if type(e).__name__ == "JaxRuntimeError":  # then follows what is allocated, or where in the compiler it was
+        text = text.splitlines()[0]
+    say(text)
     return code
 
 

@@ -236,6 +236,16 @@ def test_a_full_disk_is_1_and_leaves_nothing(monkeypatch, tmp_path):
     assert "jdit: [Errno 28] No space left on device" in error(result)
 
 
+def test_what_the_device_says_is_one_line(monkeypatch, tmp_path):
+    def full(*_, **__):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nBufferAssignment: ...")
+
+    monkeypatch.setattr(Clips, "_generate", full)
+    result = generate()
+    assert (result.exit_code, list(tmp_path.iterdir())) == (1, [])
+    assert result.stderr == "jdit: RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\n"
+
+
 @pytest.mark.parametrize("when", ["denoise", "decode", "write"])
 def test_ctrl_c_leaves_no_debris(when, monkeypatch, tmp_path):
     press = lambda *_: os.kill(os.getpid(), signal.SIGINT)

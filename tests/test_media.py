@@ -68,6 +68,15 @@ def test_transparency_is_laid_on_white():
     assert (media.picture(clear) == 255).all()
 
 
+def test_photos_are_turned(tmp_path):
+    """Orientation 6 of EXIF: the first row is the right-hand side, as cameras write portraits."""
+    image = Image.fromarray(draw()[0])
+    exif = image.getexif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "a.png", exif=exif)
+    np.testing.assert_array_equal(media.picture(tmp_path / "a.png"), np.rot90(draw()[0], -1))
+
+
 def test_contact_sheet():
     sheet = media.contact_sheet(draw(5, 32, 32), ["one", "a caption that is much too long for its picture"])
     assert sheet.size == (3 * 40 + 8, 2 * (32 + 16 + 8) + 8)
