@@ -125,6 +125,7 @@ def _print_memory(out: Console, plan: dict[str, Any]):
         table.add_row(stage["stage"], ", ".join(stage["resident"]), _size(stage["bytes"]))
     out.print(table)
     room = "unknown on this device" if plan["room"] is None else _size(plan["room"])
+    room += f", activations about {_size(plan['activations'])}" if plan["activations"] else ""
     waiting = f"; read for their stages: {', '.join(plan['waiting'])}" if plan["waiting"] else ""
     out.print(f"memory: {_size(plan['peak'])} of weights at most, {_size(plan['least'])} if each waits for its stage, "
               f"room {room}{waiting}", markup=False, highlight=False, soft_wrap=True)  # fmt: skip

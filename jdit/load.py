@@ -62,7 +62,7 @@ class Opened:
                 on_component(name)
             return sharding.assemble(makes[name], self.leaves(name, targets[name]))
 
-        plan = self._memory(targets)
+        plan = self._memory(targets, mesh)
         waiting = plan.waiting
         if waiting:
             log.info(
@@ -90,12 +90,14 @@ class Opened:
             room: bytes for weights; None asks the device.
         """
         check_dtype(dtype)
-        return self._memory(self._placed(mesh, rules, dtype)[2], room)
+        return self._memory(self._placed(mesh, rules, dtype)[2], mesh, room)
 
-    def _memory(self, targets: Mapping[str, dict], room: float | None = None) -> MemoryPlan:
+    def _memory(self, targets: Mapping[str, dict], mesh: Mesh | None, room: float | None = None) -> MemoryPlan:
         sizes = {n: sum(map(sharding.bytes_a_device, leaves.values())) for n, leaves in targets.items()}
-        stages = self.dry().usual_stages()
-        return memory.plan(stages, sizes, memory.room() if room is None else room)
+        dry = self.dry()
+        activations = dry.activations() / (mesh.size if mesh is not None else 1)
+        plan = memory.plan(dry.usual_stages(), sizes, memory.room(activations) if room is None else room)
+        return plan._replace(activations=int(activations))
 
     def dry(self) -> Pipeline:
         """The pipeline without weights: it checks sizes and arguments."""

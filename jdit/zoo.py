@@ -53,7 +53,7 @@ def _sd3(transformer: MMDiTConfig) -> dict[str, Any]:
     }  # fmt: skip
 
 
-PLANS = {"wan": Plan(steps=50, guidance=5.0, height=480, width=832, max_text_tokens=512, num_frames=81, fps=16.0)}
+PLANS = {"wan": Plan(steps=50, guidance=5.0, height=480, width=832, max_text_tokens=512, num_frames=81)}
 """How a family's unknown variants are run; others as Plan() has it."""
 
 
@@ -78,7 +78,7 @@ _WAN_22_VAE = AutoencoderKLWanConfig(
 def _wan(transformer: WanConfig, shift: float, source: str, about: str, vae: Any = None, more: Any = None,
          settings: Any = None, **plan: Any) -> Variant:  # fmt: skip
     components = {"transformer": transformer, "vae": vae or AutoencoderKLWanConfig(), "text_encoder": _UMT5}
-    plan_ = dataclasses.replace(PLANS["wan"], **plan)
+    plan_ = dataclasses.replace(PLANS["wan"], **{"fps": 16.0, **plan})
     return Variant("wan", components | (more or {}), _unipc(shift), plan_, source, about, settings)
 
 

@@ -157,6 +157,10 @@ class Pipeline:
         """The stages of a call with the variant's usual arguments, for the memory plan."""
         raise TypeError(f"{type(self).__name__} is abstract: use a family's pipeline")
 
+    def activations(self) -> float:
+        """Bytes that a usual call needs beside the weights, about; 0 where nobody has measured."""
+        return 0.0
+
     def stream(self, prompt: str | Sequence[str] | Prompt, **arguments: Any):
         """Yield results a segment at a time; a family without segments yields its one result."""
         yield self(prompt, **arguments)

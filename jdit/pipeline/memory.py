@@ -24,12 +24,14 @@ class MemoryPlan(NamedTuple):
         waiting: components that are read for their stages and let go after the last of them.
         room: bytes a device has for weights; None where it does not tell.
         least: the peak if every component waited.
+        activations: bytes a device beside the weights, about; 0 where unknown.
     """
 
     stages: tuple[Resident, ...]
     waiting: tuple[str, ...]
     room: int | None
     least: int
+    activations: int = 0
 
     @property
     def peak(self) -> int:
@@ -43,7 +45,7 @@ class MemoryPlan(NamedTuple):
         """As JSON has it."""
         stages = [{"stage": s.stage, "resident": list(s.components), "bytes": s.bytes} for s in self.stages]
         return {"stages": stages, "waiting": list(self.waiting), "peak": self.peak, "least": self.least,
-                "room": self.room}  # fmt: skip
+                "activations": self.activations, "room": self.room}  # fmt: skip
 
 
 def plan(stages: Sequence[Stage], sizes: Mapping[str, int], room: float | None) -> MemoryPlan:
@@ -74,7 +76,7 @@ def _peak(stages: Sequence[Resident]) -> int:
     return max((s.bytes for s in stages), default=0)
 
 
-def room() -> float | None:
-    """Bytes that a device has for weights: a tenth of its memory, 4 GB at least, is left to activations."""
+def room(activations: float = 0) -> float | None:
+    """Bytes that a device has for weights: what activations need is left to them, a tenth and 4 GB at least."""
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-    return None if limit is None else limit - max(4e9, 0.1 * limit)
+    return None if limit is None else limit - max(4e9, 0.1 * limit, activations)

@@ -4,6 +4,7 @@ B outputs, P prompts, S latent frames, h w latent rows and columns, C latent cha
 """
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -197,6 +198,11 @@ class WanVideo(base.Pipeline):
 
     # ---- arguments
 
+    @property
+    def _own(self) -> tuple[int, int, int]:
+        """Height, width and frames of a call that does not say."""
+        return self.plan.height or 480, self.plan.width or 832, self.plan.num_frames or 81
+
     def size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
         """The size of a run, checked.
 
@@ -204,7 +210,7 @@ class WanVideo(base.Pipeline):
             ValueError: naming the nearest sizes that work.
         """
         cfg, factor = self.parts.configs["transformer"], self.parts.configs["vae"].space_factor
-        size = or_(or_(height, self.plan.height), 480), or_(or_(width, self.plan.width), 832)
+        size = or_(height, self._own[0]), or_(width, self._own[1])
         calls.check_size(*size, (factor * cfg.patch[1], factor * cfg.patch[2]), cfg.max_positions)
         return size
 
@@ -214,7 +220,7 @@ class WanVideo(base.Pipeline):
         Raises:
             ValueError: naming the nearest numbers that work.
         """
-        cfg, frames = self.parts.configs["transformer"], or_(or_(num_frames, self.plan.num_frames), 81)
+        cfg, frames = self.parts.configs["transformer"], or_(num_frames, self._own[2])
         calls.check_frames(frames, self.parts.configs["vae"].time_factor, cfg.patch[0], cfg.max_positions)
         return frames
 
@@ -272,6 +278,18 @@ class WanVideo(base.Pipeline):
         experts = (ALONE,) if self.boundary is None else (HIGH, LOW)
         return [TEXT, *stages(tokens=self._tokens, picture=self.picture, experts=experts, pixels=True)]
 
+    def activations(self) -> float:
+        """See the base class; fitted to what 1.3B, 14B and the autoencoder took at 81 x 480 x 832 in bfloat16
+        (benchmarks/wan_h200.md)."""
+        cfg, vae = self.parts.configs["transformer"], self.parts.configs["vae"]
+        height, width, frames = self._own
+        frames = (frames - 1) // vae.time_factor + 1
+        tokens = frames * height * width // vae.space_factor**2 // math.prod(cfg.patch)
+        rows = 2 if self.plan.guidance > 1 else 1
+        context = 4 * cfg.layers * self.plan.max_text_tokens * cfg.width
+        pixels = height * width // (vae.patch or 1) ** 2
+        return max(rows * (28 * tokens * cfg.width + context), 110 * pixels * (vae.decoder_width or vae.width))
+
     def table(self, steps: int, *, shift=None, solver=None) -> sampling.Table:
         """The solver's table of a run."""
         return self._table(steps, shift=shift, solver=solver)
@@ -328,4 +346,6 @@ class WanVideo(base.Pipeline):
             )  # fmt: skip
             with calls.reporting(a["on_step"], a.get("on_frame")):
                 values, spent = run(todo, self.weights, values)
-        return calls.result(values, timings | spent, or_(self.plan.fps, 16))
+        return calls.result(
+            values, timings | spent, self.plan.fps or (24 if self.parts.settings.get("expand_timesteps") else 16)
+        )

@@ -223,7 +223,7 @@ def test_experts_and_encoder_take_turns(folders, monkeypatch):
     call = {**SHORT, **SIZE, "steps": 4}
     want = jdit.load(folders("t2v-experts"), dtype="float32")("a cat", **call).latents
     opened = open_model(folders("t2v-experts"))
-    monkeypatch.setattr(memory, "room", lambda: opened.memory(dtype="float32", room=0).least)
+    monkeypatch.setattr(memory, "room", lambda activations: opened.memory(dtype="float32", room=0).least)
     pipe = opened.pipeline(dtype="float32")
     assert {"transformer", "transformer_2"} <= pipe.weights.waiting.keys()
     seen, read = [], pipe.weights.waiting
