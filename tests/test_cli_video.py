@@ -226,6 +226,12 @@ def test_progress(monkeypatch):
     assert "denoise" in screen.getvalue() and "13/13" in screen.getvalue()
 
 
+def test_a_folder_that_is_not_writable(monkeypatch, clips):
+    monkeypatch.setattr("os.access", lambda *_: False)
+    result = generate("-o", "a.mp4")
+    assert (result.exit_code, clips) == (2, []) and "jdit: a.mp4: the folder . is not writable" in result.stderr
+
+
 def test_a_full_disk_is_1_and_leaves_nothing(monkeypatch, tmp_path):
     def full(*_):
         raise OSError(28, "No space left on device")
