@@ -63,8 +63,8 @@ def jdit_work(what: str, tiny: bool) -> harness.Work:
         states = jax.random.normal(key, (2, text_tokens, cfg.joint_dim), jnp.bfloat16)
         text = Text(states, jax.random.normal(key, (2, cfg.pooled_dim), jnp.bfloat16))
         table = sampling.from_config(variant.scheduler, STEPS)
-        denoise = executor.compiled(sd3.denoise, (6,))
-        call = lambda: denoise(transformer, latents, text, table, jnp.float32(4.5), None, False)
+        denoise = executor.compiled(sd3.denoise, (7,))
+        call = lambda: denoise(transformer, latents, text, table, jnp.float32(4.5), None, None, False)
 
     return harness.jax_work(call, tiny, 1 if what == "vae" else STEPS)
 
