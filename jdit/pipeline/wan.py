@@ -75,11 +75,12 @@ def finish(state: sampling.State, given: Conditions) -> Float[Array, "B S h w C"
 
 def decode(vae: AutoencoderKLWan, latents, kind: str, tiling: bool, slicing: bool, report: bool):
     """Latents to frames, a chunk at a time: no video of floats is there where `kind` is uint8."""
-    total = latents.shape[1] if vae.cfg.time_factor is None else (latents.shape[1] - 1) * vae.cfg.time_factor + 1
+    frames = (latents.shape[1] - 1) * vae.cfg.frame_factors[1] + 1
+    total = frames * (latents.shape[0] if slicing else 1)
 
     def done(pixels):
         if report:
-            calls.report_frames(pixels, total * (latents.shape[0] if slicing else 1))
+            calls.report_frames(pixels, total)
         return calls.to_pixels(pixels, kind)
 
     whole = lambda z: vae.decode(z, tiles=Tiles() if tiling else None, finish=done)
