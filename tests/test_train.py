@@ -361,7 +361,7 @@ def test_sampler_agrees_with_the_pipeline(trained):
     weights = task.net.read(trained / "model" / "transformer")
     noise = jax.random.normal(jax.random.key(0), (1, 8, 8, 4))
     both = lambda a: jnp.concatenate([a[:1], a[1:]])
-    got = task.sampler._denoise(weights, noise, both(states), both(pooled), task.sampler.table, jnp.float32(3.0))
+    got = task.sampler._denoise(weights, noise, (both(states), both(pooled)), task.sampler.table, jnp.float32(3.0))
     pipe = jdit.load(trained / "model", dtype="float32")
     want = pipe(
         "a tomato", steps=2, guidance=3.0, height=16, width=16, latents=np.asarray(noise), output="latents",

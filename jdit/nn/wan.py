@@ -85,10 +85,14 @@ class Modulation(NamedTuple):
 
 
 class Context(NamedTuple):
-    """Keys and values of cross-attention, of every layer (leading axis) or of one; they depend on the prompt only."""
+    """Keys and values of cross-attention, of every layer (leading axis) or of one; they depend on the prompt only.
+
+    counts: text token j stands for counts[j] equal tokens (padding, all of which upstream attends to).
+    """
 
     text: KeysValues
     image: KeysValues | None
+    counts: Float[Array, "*layers L"] | None = None
 
 
 class SelfAttention(nnx.Module):
@@ -136,7 +140,7 @@ class CrossAttention(nnx.Module):
 
     def __call__(self, x: Float[Array, "B N D"], context: Context) -> Float[Array, "B N D"]:
         q = _split(self.cfg, self.norm_q(self.q(x)))
-        out = attend(q, *context.text, rules=self.cfg.rules)
+        out = attend(q, *context.text, rules=self.cfg.rules, key_counts=context.counts)
         return self.out(out if context.image is None else out + attend(q, *context.image, rules=self.cfg.rules))
 
 
@@ -220,13 +224,20 @@ class Wan(nnx.Module):
         """`modulation` of every step, steps leading, computed once before the sampling loop."""
         return self.modulation(timesteps[:, None, None] if timesteps.ndim == 1 else timesteps)
 
-    def embed_context(self, text: Float[Array, "B L J"], image: Float[Array, "B I E"] | None = None) -> Context:
+    def embed_context(
+        self,
+        text: Float[Array, "B L J"],
+        image: Float[Array, "B I E"] | None = None,
+        counts: Float[Array, "L"] | None = None,
+    ) -> Context:
         """Every layer's keys and values, computed once a prompt.
 
         Args:
             text: states of all tokens; upstream attends to its padding (zeros) too.
             image: the image encoder's tokens; with learned positions, those of the first frame, then of the last, as
                 (B, I, E) or, as upstream stacks them, (2 B, I / 2, E).
+            counts: text token j stands for counts[j] equal tokens; None where each stands for itself. Not with a
+                picture whose tokens go before the text's.
 
         Raises:
             ValueError: a picture for a transformer that takes none, or another number of tokens than it has positions.
@@ -237,8 +248,11 @@ class Wan(nnx.Module):
             raise ValueError("image tokens were given, but this transformer has no image embedding (image_dim=None)")
         picture = None if image is None or self.image is None else self.image(image.astype(cfg.dtype))
         if picture is not None and not cfg.image_keys:
+            if counts is not None:
+                raise ValueError("counts are of text tokens alone, and this transformer puts the picture's before them")
             states, picture = jnp.concatenate([picture, states], 1), None
-        return jax.lax.map(lambda block: block.cross.context(states, picture), self.blocks)
+        keys = lambda block: block.cross.context(states, picture)._replace(counts=counts)
+        return jax.lax.map(keys, self.blocks)
 
     def velocity(
         self, x: Float[Array, "B T Y X C"], modulation: Modulation, context: Context

@@ -1,11 +1,18 @@
-"""Training: autoencoder, text encoders and MMDiT, from a config and a folder of pictures with captions."""
+"""Training: autoencoders, text encoders, MMDiT and Wan, from a config and a folder of captioned pictures or clips."""
 
+import importlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 log = logging.getLogger("jdit")
+
+TASKS = {
+    "vae": ("vae", "VAETask"), "text": ("text", "TextTask"), "flow": ("flow", "FlowTask"),
+    "video_vae": ("video_vae", "VideoVAETask"), "video_flow": ("video_flow", "VideoFlowTask"),
+}  # fmt: skip
+"""Stage -> module and class of its task."""
 
 
 def run(
@@ -57,14 +64,5 @@ def run(
 
 
 def _task(cfg: Any) -> Any:
-    if cfg.stage == "vae":
-        from jdit.train.vae import VAETask
-
-        return VAETask(cfg)
-    if cfg.stage == "text":
-        from jdit.train.text import TextTask
-
-        return TextTask(cfg)
-    from jdit.train.flow import FlowTask
-
-    return FlowTask(cfg)
+    where, name = TASKS[cfg.stage]
+    return getattr(importlib.import_module(f"jdit.train.{where}"), name)(cfg)

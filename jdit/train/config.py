@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 RECIPES = Path(__file__).parent / "recipes"
-STAGES = ("vae", "text", "flow")
+STAGES = ("vae", "text", "flow", "video_vae", "video_flow")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,8 +16,8 @@ class Data:
     """What is trained on.
 
     Attributes:
-        folder: pictures with captions, see `jdit.train.data.read`.
-        size: side of the training pictures, in pixels.
+        folder: pictures with captions, see `jdit.train.data.read`, or clips, see `jdit.train.clips`.
+        size: side of the training pictures, in pixels. frames: of a clip (video stages only).
         batch: pictures a step, over all devices.
         flip: mirror half of the pictures (autoencoder only; flow training would learn mirrored writing).
         mix: shares of a batch: plain pictures, recoloured, on a coloured background, both. Without transparency and
@@ -29,6 +29,7 @@ class Data:
 
     folder: str = ""
     size: int = 128
+    frames: int = 17
     batch: int = 256
     flip: bool = False
     mix: tuple[float, ...] = (1.0, 0.0, 0.0, 0.0)
@@ -96,10 +97,13 @@ class Config:
     """One training run.
 
     Attributes:
-        stage: "vae" (autoencoder), "text" (two CLIP text encoders) or "flow" (MMDiT).
+        stage: "vae" (autoencoder), "text" (two CLIP text encoders), "flow" (MMDiT), "video_vae" (Wan's autoencoder) or
+            "video_flow" (Wan's transformer and a UMT5 text encoder).
         model: architecture, the fields of the stage's config class. loss: weights of the stage's loss terms.
+        encoder: architecture of the text encoder that "video_flow" trains too, see `jdit.train.video_flow`.
         vae, text: folders that the earlier stages wrote, or a diffusers folder that has them (flow).
-        init: component folder in diffusers layout to start from; "" starts from random weights.
+        init: component folder in diffusers layout to start from, or a folder that has it (two, in "video_flow"); ""
+            starts from random weights.
         path: the file that this was read from.
     """
 
@@ -108,6 +112,7 @@ class Config:
     optim: Optim = Optim()
     run: Run = Run()
     model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    encoder: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     loss: Mapping[str, float] = dataclasses.field(default_factory=dict)
     vae: str = ""
     text: str = ""
@@ -187,8 +192,9 @@ def _build(kind: type, tree: Mapping[str, Any], where: str, problems: list[str])
                 continue
             values[key] = _build(type(default), value, f"{where}{key}.", problems)
             continue
-        if isinstance(value, list):
-            value = tuple(value)
+        if isinstance(value, Mapping):  # a section of its own: architectures want tuples
+            value = {k: _frozen(v) for k, v in value.items()}
+        value = _frozen(value)
         if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if default is not dataclasses.MISSING and type(value) is not type(default) and key != "path":
@@ -199,6 +205,10 @@ def _build(kind: type, tree: Mapping[str, Any], where: str, problems: list[str])
     except TypeError as e:
         problems.append(str(e).replace(f"{kind.__name__}.__init__()", "the config"))
         return None
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _check(c: Config) -> list[str]:
@@ -215,7 +225,7 @@ def _check(c: Config) -> list[str]:
         problems.append(f"run.dtype = {c.run.dtype!r}; there are bfloat16, float32")
     if c.run.remat not in ("none", "dots"):
         problems.append(f"run.remat = {c.run.remat!r}; there are none, dots")
-    for name in ("batch", "size"):
+    for name in ("batch", "size", "frames"):
         if getattr(c.data, name) < 1:
             problems.append(f"data.{name} must be at least 1")
     if c.run.chunk < 1:

@@ -1,48 +1,75 @@
-"""From the results of the three stages to one diffusers folder."""
+"""From the results of a recipe's stages to one diffusers folder."""
 
 import json
 import shutil
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from jdit.atomic import whole, write_file
 
-PARTS = {
-    "vae": "vae", "text_encoder": "text", "text_encoder_2": "text", "tokenizer": "text", "tokenizer_2": "text",
-    "transformer": "mmdit",
-}  # fmt: skip
-"""Component -> the stage whose folder has it."""
 SCHEDULER = {
     "_class_name": "UniPCMultistepScheduler", "num_train_timesteps": 1000, "prediction_type": "flow_prediction",
     "use_flow_sigmas": True, "flow_shift": 1.0, "solver_order": 2, "solver_type": "bh2",
 }  # fmt: skip
 """Second order on the times of training, unshifted."""
-INDEX = {
-    "_class_name": "StableDiffusion3Pipeline",
-    "_diffusers_version": "0.31.0",
-    "scheduler": ["diffusers", "UniPCMultistepScheduler"],
-    "text_encoder": ["transformers", "CLIPTextModelWithProjection"],
-    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
-    "text_encoder_3": [None, None],
-    "tokenizer": ["transformers", "CLIPTokenizer"],
-    "tokenizer_2": ["transformers", "CLIPTokenizer"],
-    "tokenizer_3": [None, None],
-    "transformer": ["diffusers", "SD3Transformer2DModel"],
-    "vae": ["diffusers", "AutoencoderKL"],
-    "image_encoder": [None, None],
-    "feature_extractor": [None, None],
-}
 
 
-def export(stages: dict[str, Path], out: str | Path, *, overwrite: bool = False) -> Path:
-    """Write a pipeline that diffusers' StableDiffusion3Pipeline and jdit load.
+class Layout(NamedTuple):
+    """parts: component -> the stage whose folder has it, in the order of the stages. index: model_index.json."""
+
+    parts: dict[str, str]
+    index: dict[str, Any]
+
+
+_SCHEDULER_CLASS = ["diffusers", SCHEDULER["_class_name"]]
+SD3 = Layout(
+    {
+        "vae": "vae", "text_encoder": "text", "text_encoder_2": "text", "tokenizer": "text", "tokenizer_2": "text",
+        "transformer": "mmdit",
+    },
+    {
+        "_class_name": "StableDiffusion3Pipeline",
+        "_diffusers_version": "0.31.0",
+        "scheduler": _SCHEDULER_CLASS,
+        "text_encoder": ["transformers", "CLIPTextModelWithProjection"],
+        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+        "text_encoder_3": [None, None],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "tokenizer_2": ["transformers", "CLIPTokenizer"],
+        "tokenizer_3": [None, None],
+        "transformer": ["diffusers", "SD3Transformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "image_encoder": [None, None],
+        "feature_extractor": [None, None],
+    },
+)  # fmt: skip
+WAN = Layout(
+    {"vae": "vae", "tokenizer": "wan", "text_encoder": "wan", "transformer": "wan"},
+    {
+        "_class_name": "WanPipeline",
+        "_diffusers_version": "0.35.0",
+        "boundary_ratio": None,
+        "expand_timesteps": False,
+        "scheduler": _SCHEDULER_CLASS,
+        "text_encoder": ["transformers", "UMT5EncoderModel"],
+        "tokenizer": ["transformers", "T5TokenizerFast"],
+        "transformer": ["diffusers", "WanTransformer3DModel"],
+        "transformer_2": [None, None],
+        "vae": ["diffusers", "AutoencoderKLWan"],
+    },
+)
+
+
+def export(stages: dict[str, Path], out: str | Path, *, layout: Layout = SD3, overwrite: bool = False) -> Path:
+    """Write a pipeline that diffusers' StableDiffusion3Pipeline (or WanPipeline) and jdit load.
 
     Args:
-        stages: "vae", "text", "mmdit" -> the folder of that run.
+        stages: stage -> the folder of that run.
 
     Raises:
         ValueError: a run that is not finished.
     """
-    sources = {part: Path(stages[stage]) / part for part, stage in PARTS.items()}
+    sources = {part: Path(stages[stage]) / part for part, stage in layout.parts.items()}
     if missing := [str(p) for p in sources.values() if not p.is_dir()]:
         raise ValueError(f"missing {', '.join(missing)}: finish these runs first")
     with whole(out, overwrite=overwrite) as folder:
@@ -53,5 +80,5 @@ def export(stages: dict[str, Path], out: str | Path, *, overwrite: bool = False)
                 write_file(folder / part / "config.json", json.dumps(config | {"dtype": "float32"}, indent=2) + "\n")
         (folder / "scheduler").mkdir()
         write_file(folder / "scheduler" / "scheduler_config.json", json.dumps(SCHEDULER, indent=2) + "\n")
-        write_file(folder / "model_index.json", json.dumps(INDEX, indent=2) + "\n")
+        write_file(folder / "model_index.json", json.dumps(layout.index, indent=2) + "\n")
     return Path(out)

@@ -45,7 +45,7 @@ class FlowTask:
         if not cfg.vae or not cfg.text:
             raise ValueError("flow training needs `vae` and `text`: folders that hold these components")
         self.levels = LOSS | dict(cfg.loss)
-        self.vae, self.vae_weights = open_net(_component(cfg.vae, "vae"), "AutoencoderKL", cfg.run.dtype)
+        self.vae, self.vae_weights = open_net(component(cfg.vae, "vae"), "AutoencoderKL", cfg.run.dtype)
         clip = "CLIPTextModelWithProjection"
         self.clips = [open_net(Path(cfg.text) / n, clip, cfg.run.dtype) for n in ("text_encoder", "text_encoder_2")]
         self.tokenizers = [tokenizer_files.load(Path(cfg.text) / n) for n in ("tokenizer", "tokenizer_2")]
@@ -63,7 +63,8 @@ class FlowTask:
             "draw": ex.drawable(self.list, cfg.data.mix),
         }  # fmt: skip
         self.texts: dict[tuple[str, ...], tuple[Array, Array]] = {}
-        self.sampler = Sampler(self.net, self.vae, self.vae_weights, self.counts, cfg.run.sheet_steps)
+        side, channels = self.net.cfg.sample_size, self.net.cfg.in_channels
+        self.sampler = Sampler(self._predict, (side, side, channels), self.vae, self.vae_weights, cfg.run.sheet_steps)
         log.info("%d examples, %d captions", len(self.list.picture), len(self.list.texts))
 
     def _model(self) -> MMDiTConfig:
@@ -83,6 +84,9 @@ class FlowTask:
     def counts(self) -> Float[Array, "L"]:
         """How many tokens each context token stands for."""
         return jnp.ones((self.tokenizers[0].max_length or 0) + 1).at[-1].set(ABSENT_T5)
+
+    def _predict(self, weights: Weights, x, t, text) -> Array:
+        return self.net.build(weights)(x, t, *text, context_counts=self.counts)
 
     def _clip_states(self, weights, tokens):
         outs = [net.build(w)(t) for (net, _), w, t in zip(self.clips, weights, tokens)]
@@ -123,7 +127,7 @@ class FlowTask:
     def init(self) -> Weights:
         """Random weights: DiT's (arXiv 2212.09748), in which every block starts as the identity."""
         if self.cfg.init:
-            weights = self.net.read(self.cfg.init)
+            weights = self.net.read(component(self.cfg.init, "transformer"))
         else:
             weights = self.net.init(self.cfg.run.seed)
             zero = lambda k: k.startswith(("final.", "final_mod.")) or ".mod." in k
@@ -153,19 +157,19 @@ class FlowTask:
         """A sheet of the config's prompts; recall of training captions; colours of pairs that were never trained."""
         run = self.cfg.run
         prompts = list(run.prompts) or [i.text for i in self.train.items[:16]]
-        pictures = self.sampler.pictures(ema, *self._text(prompts), guidance=run.guidance, seed=1)
+        pictures = self.sampler.pictures(ema, self._text(prompts), guidance=run.guidance, seed=1)
         draw_sheet(pictures, prompts, folder / f"flow_{step:07d}.png")
         figures = {}
         if n := min(run.evaluate, int(self.list.size[0])):
             rows = np.random.default_rng(0).permutation(int(self.list.size[0]))[:n]
             texts = [self.train.items[self.list.picture[r]].text for r in rows]
-            latents = self.sampler.latents(ema, *self._text(texts), guidance=run.guidance, seed=2)
+            latents = self.sampler.latents(ema, self._text(texts), guidance=run.guidance, seed=2)
             plain = np.asarray(self.data["latents"][: int(self.list.size[0])].astype(jnp.float32))
             figures |= recall(np.asarray(latents), plain, rows)
         if self.held_out and n:
             pairs = sorted(self.held_out)
             pictures = self.sampler.pictures(
-                ema, *self._text([ex.article(p) for p in pairs]), guidance=run.guidance, seed=3
+                ema, self._text([ex.article(p) for p in pairs]), guidance=run.guidance, seed=3
             )
             figures["colour"] = colours_right(pictures, [p.split(" ")[0] for p in pairs])
         return figures
@@ -182,7 +186,7 @@ class FlowTask:
         return {}
 
 
-def _component(folder: str, name: str) -> Path:
+def component(folder: str, name: str) -> Path:
     """A component's folder, or the folder that has it."""
     path = Path(folder)
     return path / name if (path / name).is_dir() else path

@@ -16,8 +16,9 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from convert.component import Component
+from convert.convert import kept
 from convert.readers import open_folder
-from convert.registry import COMPONENTS
+from convert.registry import COMPONENTS, LIBRARY
 from convert.stream import load_leaves
 from convert.write import write_back
 from jdit.nn import attention
@@ -69,6 +70,7 @@ class Net:
         state = nnx.state(nnx.eval_shape(self._make))
         flat = nnx.to_flat_state(state)
         self.paths = {dotted(p): p for p, _ in flat}
+        self.dtypes = {dotted(p): var.get_value().dtype for p, var in flat}
         fixed = {dotted(p) for p, var in flat if var.get_metadata().get("fixed")}
         make = lambda: leaves(self.component.module(self._master, rngs=nnx.Rngs(0)))
         self.fixed = (
@@ -86,9 +88,9 @@ class Net:
         return {k: v for k, v in weights.items() if k not in self.fixed}
 
     def build(self, weights: Mapping[str, Array]) -> Any:
-        """The module, its leaves cast to the dtype of computation."""
+        """The module, its leaves cast to what they have where the network computes in its dtype."""
         full = {**weights, **{k: jnp.asarray(v) for k, v in self.fixed.items()}}
-        cast = {self.paths[k]: v.astype(self.cfg.dtype) for k, v in full.items()}
+        cast = {self.paths[k]: v.astype(self.dtypes[k]) for k, v in full.items()}
         return assemble(self._make, cast)
 
     def read(self, folder: str | Path) -> Weights:
@@ -105,9 +107,10 @@ class Net:
     def write(self, folder: str | Path, weights: Mapping[str, Array], dtype: str = "bfloat16") -> None:
         """A component folder in diffusers layout."""
         host: dict[str, Any] = {k: np.asarray(v) for k, v in {**weights, **self.fixed}.items()}
-        stem = "model" if self.component.upstream_class.startswith("CLIP") else "diffusion_pytorch_model"
+        stem = "model" if LIBRARY[self.component.upstream_class] == "transformers" else "diffusion_pytorch_model"
         cfg = self._master
-        write_back(folder, host, self.component.rules(cfg), self.component.upstream_config(cfg), stem=stem, dtype=dtype)
+        upstream, keep = self.component.upstream_config(cfg), kept(cfg)
+        write_back(folder, host, self.component.rules(cfg), upstream, stem=stem, dtype=dtype, keep=keep)
 
     def describe(self, weights: Mapping[str, Array]) -> str:
         millions = sum(v.size for v in weights.values()) / 1e6

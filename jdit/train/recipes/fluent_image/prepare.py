@@ -100,12 +100,13 @@ def entries(data: list[dict], messages: dict) -> dict[str, dict]:
     for emoji in data:
         for e in (emoji, *emoji.get("skins", [])):
             entry = {"label": e["label"], "group": emoji.get("group", 2), "kind": kinds.get(emoji.get("subgroup"), "")}
-            out.setdefault(_code(e["hexcode"]), entry)
+            out.setdefault(code(e["hexcode"]), entry)
     return out
 
 
-def _code(hexcode: str) -> str:
-    parts = [p.lstrip("0") for p in re.split("[-_]", hexcode.lower())]
+def code(hexcode: str) -> str:
+    """An emoji's code points without leading zeros and variation selectors, from its hexcode or a file of that name."""
+    parts = [p.lstrip("0") for p in re.split("[-_]", Path(hexcode).stem.lower())]
     return "-".join(p for p in parts if p != "fe0f")
 
 
@@ -116,7 +117,7 @@ def prepare(pictures: Path, labels: Path, out: Path) -> int:
     out.mkdir(parents=True, exist_ok=True)
     rows, seen = [], set()
     for name in sorted(files):
-        entry = known.get(_code(Path(name).stem)) if name.endswith(".webp") else None
+        entry = known.get(code(name)) if name.endswith(".webp") else None
         if entry is None or (text := caption(entry["label"])) in seen:
             continue
         seen.add(text)
@@ -124,7 +125,7 @@ def prepare(pictures: Path, labels: Path, out: Path) -> int:
         picture = picture.convert("RGBA")
         colour = dominant(np.asarray(picture, np.float32) / 255)
         plain = not WORDS & set(re.split(r"\W+", text))
-        row = {"file_name": f"{_code(Path(name).stem)}.webp", "text": text, "captions": captions(entry["label"], text),
+        row = {"file_name": f"{code(name)}.webp", "text": text, "captions": captions(entry["label"], text),
                "group": GROUPS[entry["group"]], "split": "train", "hue": round(colour.hue, 4),
                "value": round(colour.value, 4), "share": round(colour.share, 4)}  # fmt: skip
         if ((RECOLOURED.fullmatch(entry["kind"]) and plain) or text in NOUNS) and colour.share >= SHARE:
