@@ -1,5 +1,8 @@
 """Solvers as tables: closed forms, the loop, and what is compiled when. Orders of convergence: test_orders."""
 
+import gc
+import weakref
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -153,6 +156,22 @@ def test_changing_numbers_does_not_recompile():
             outputs.append(generate(noise(), table, scale, jax.random.key(seed)))
     assert len(traces) == 1
     assert len({np.asarray(o).tobytes() for o in outputs}) == len(outputs)  # each of them had its effect
+
+
+def test_solve_by_itself_is_traced_once():
+    traces = []
+
+    def network(x, t):
+        traces.append(t)
+        return model(x, t)
+
+    for shift in (1.0, 3.0, 5.0):
+        sampling.solve(network, noise(), sampling.from_config(UNIPC, 6, shift=shift), key=jax.random.key(int(shift)))
+    assert len(traces) == 1
+    gone = weakref.ref(network)
+    del network
+    gc.collect()
+    assert gone() is None  # what it holds, perhaps weights, is not kept
 
 
 def test_the_program_does_not_grow_with_steps():
@@ -349,12 +368,33 @@ def test_other_solver():
         ({**COG, "snr_shift_scale": 0}, {}, "snr_shift_scale=0"),
         ({**COG, "timestep_spacing": "odd"}, {}, "timestep_spacing='odd'"),
         (COG, {"steps": 1001}, "steps=1001"),
+        (None, {}, "mapping with _class_name"),
+        (EULER, {"steps": None}, "steps=None"),
+        (EULER, {"steps": float("inf")}, "steps=inf"),
+        (EULER, {"begin": 1.5}, "begin=1.5"),
+        (EULER, {"shift": float("nan")}, "shift=nan"),
+        ({**EULER, "use_dynamic_shifting": True}, {"mu": "1"}, "mu='1'"),
+        ({**EULER, "use_dynamic_shifting": True}, {"mu": 800}, "mu=800"),
+        ({**EULER, "shift_terminal": 1.5}, {}, "shift_terminal=1.5"),
+        ({**UNIPC, "use_flow_sigmas": "false"}, {}, "use_flow_sigmas='false'"),
+        ({**UNIPC, "disable_corrector": ["a"]}, {}, "disable_corrector"),
+        ({**DIFFUSION, "use_karras_sigmas": True, "sigma_min": -1}, {}, "sigma_min=-1"),
+        ({**DIFFUSION, "beta_start": None}, {}, "beta_start=None"),
+        ({**DIFFUSION, "beta_end": 5.0}, {}, "beta_end=5.0"),
+        ({**DPM, "algorithm_type": "deis"}, {}, "final_sigmas_type='zero'"),
+        ({**DPM, "lambda_min_clipped": 0.0, "timestep_spacing": "trailing"}, {"steps": 20, "begin": 19}, "begin=19"),
     ],
     ids=lambda v: v if isinstance(v, str) else "",
 )
 def test_what_is_refused(config, arguments, words):
     with pytest.raises(ValueError, match=words):
         sampling.from_config(config, **{"steps": 5, **arguments})
+
+
+def test_numpy_numbers_are_numbers():
+    table = sampling.from_config({**EULER, "num_train_timesteps": np.int64(1000)}, np.int64(9), shift=np.float64(2.7))
+    plain = sampling.from_config(EULER, 9, shift=2.7)
+    assert (table.timestep == plain.timestep).all() and (table.sigma == plain.sigma).all()
 
 
 def test_fields_of_other_schedulers_are_ignored():

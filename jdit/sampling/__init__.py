@@ -21,7 +21,7 @@ from jdit.sampling.guidance import (
 from jdit.sampling.multistep import dpmpp, unipc
 from jdit.sampling.scan import Progress, State, Stateful, add_noise, denoised, init, iterate, run, solve, step
 from jdit.sampling.solvers import ddim, euler
-from jdit.sampling.table import Grid, Table, part, row, split
+from jdit.sampling.table import Grid, Table, part, row, split, to_x0
 
 __all__ = [
     "Grid",
@@ -60,6 +60,7 @@ __all__ = [
     "start_index",
     "step",
     "step_range",
+    "to_x0",
     "two_passes",
     "unipc",
     "with_solver",

@@ -1,6 +1,7 @@
 """Scheduler configs of diffusers -> solver tables: the part that all classes share. Theirs is in `schedulers`."""
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ _SOLVERS = {
 }  # fmt: skip
 # what a schedule's levels depend on, and not every class has
 _LEVELS = {"invert_sigmas", "stochastic_sampling", "shift_terminal", "sigma_min", "sigma_max", "lambda_min_clipped",
-           "thresholding", "solver_p", *schedules.SPACINGS}  # fmt: skip
+           "final_sigmas_type", "thresholding", "solver_p", *schedules.SPACINGS}  # fmt: skip
 
 
 def from_config(
@@ -51,11 +52,8 @@ def from_config(
         ValueError: a class, a field or a value that is not supported (named), or arguments that contradict it.
     """
     name, fields = _read(config)
-    if isinstance(steps, bool) or int(steps) != steps or steps < 1:
-        raise ValueError(f"steps={steps}: must be a whole number, at least 1")
-    steps = int(steps)
-    if not 0 <= begin < steps:
-        raise ValueError(f"begin={begin}: must be from 0 to {steps - 1} with {steps} steps")
+    steps, begin = _whole("steps", steps, 1), _whole("begin", begin, 0)
+    mu, shift = (value if value is None else _real(what, value) for what, value in (("mu", mu), ("shift", shift)))
     if fields.get("use_dynamic_shifting"):
         if mu is None:
             raise ValueError("mu is missing: the config has use_dynamic_shifting=True (dynamic_mu computes it)")
@@ -69,13 +67,10 @@ def from_config(
         if shift_field is None or not fields.get("use_flow_sigmas", True) or respaced:
             raise ValueError(f"shift={shift} has no effect: the config's sigmas are no shifted flow schedule")
         fields[shift_field] = shift
-    if shift_field and not (isinstance(fields[shift_field], (int, float)) and fields[shift_field] > 0):
+    if shift_field and not fields[shift_field] > 0:
         raise ValueError(f"{shift_field}={fields[shift_field]!r}: must be a positive number")
     if sigmas is not None:
-        sigmas = np.asarray(sigmas)  # float32 stays so: the reference's rounding depends on it
-        sigmas = sigmas if sigmas.dtype == np.float32 else sigmas.astype(np.float64)
-        if sigmas.shape != (steps,):
-            raise ValueError(f"sigmas has shape {sigmas.shape}: {steps} steps need {steps} numbers")
+        sigmas = schedules.given_sigmas(sigmas, steps)
     table = SCHEDULERS[name].build(fields, steps, mu, sigmas, begin)
     predictor = fields.get("solver_p")
     return table if predictor is None else table._replace(predictor=_predictor(predictor, table, begin))
@@ -98,7 +93,8 @@ def _predictor(config: Any, table: Table, begin: int) -> Table:
 
 def with_solver(config: Mapping[str, Any], solver: str) -> dict[str, Any]:
     """The same noise schedule under another solver: "euler", "unipc" (order 2, bh2) or "dpmpp" (order 2, midpoint) for
-    flows, the latter two for schedules of betas, "ddim" or "dpm" for CogVideoX.
+    flows, the latter two for schedules of betas, "ddim" or "dpm" for CogVideoX. On a flow each class lays its own
+    levels between the same ends.
 
     Raises:
         ValueError: an unknown solver, or a schedule that the other solver cannot run.
@@ -120,6 +116,8 @@ def with_solver(config: Mapping[str, Any], solver: str) -> dict[str, Any]:
     kept: dict[str, Any] = {"_class_name": wanted}
     if name == _SOLVERS["euler"]:
         kept |= {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+    if solver == "dpmpp" and fields.get("use_dynamic_shifting") and fields["time_shift_type"] != "exponential":
+        raise ValueError(f"solver='dpmpp' does not go with time_shift_type={fields['time_shift_type']!r}")
     spaced = schedules.SPACINGS if flow else ()  # each class has its own way of spacing flow sigmas
     for field, value in fields.items():
         default = SCHEDULERS[name].defaults[field]
@@ -138,8 +136,14 @@ def with_solver(config: Mapping[str, Any], solver: str) -> dict[str, Any]:
 
 def dynamic_mu(config: Mapping[str, Any], tokens: int) -> float:
     """mu for an image of that many tokens: linear between the config's two sequence lengths and their shifts, as the
-    pipelines of SD3, Flux and Qwen-Image compute it."""
+    pipelines of SD3, Flux and Qwen-Image compute it.
+
+    Raises:
+        ValueError: two equal lengths in the config.
+    """
     c = {**SCHEDULERS["FlowMatchEulerDiscreteScheduler"].defaults, **{k: v for k, v in config.items() if v is not None}}
+    if c["max_image_seq_len"] == c["base_image_seq_len"]:
+        raise ValueError(f"max_image_seq_len={c['max_image_seq_len']} must differ from base_image_seq_len")
     slope = (c["max_shift"] - c["base_shift"]) / (c["max_image_seq_len"] - c["base_image_seq_len"])
     return tokens * slope + c["base_shift"] - slope * c["base_image_seq_len"]
 
@@ -154,6 +158,7 @@ def start_index(steps: int, strength: float, *, whole: bool = False) -> int:
     Raises:
         ValueError: strength outside [0, 1], or so small that no step is left.
     """
+    steps, strength = _whole("steps", steps, 1), _real("strength", strength)
     if not 0 <= strength <= 1:
         raise ValueError(f"strength={strength}: must lie in [0, 1]")
     kept = min(steps * strength, steps)
@@ -164,8 +169,12 @@ def start_index(steps: int, strength: float, *, whole: bool = False) -> int:
 
 
 def _read(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    if not isinstance(config, Mapping):
+        raise ValueError(
+            f"config must be a scheduler's config, a mapping with _class_name, not {type(config).__name__}"
+        )
     name = config.get("_class_name")
-    if name not in SCHEDULERS:
+    if not isinstance(name, str) or name not in SCHEDULERS:
         raise ValueError(f"_class_name={name!r} is not supported; supported: {', '.join(SCHEDULERS)}")
     defaults = SCHEDULERS[name].defaults
     given = {k: v for k, v in config.items() if not k.startswith("_")}
@@ -175,13 +184,59 @@ def _read(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     unknown = sorted(set(given) - set(defaults) - _FOREIGN)
     if unknown:
         raise ValueError(f"{name} has no field {', '.join(unknown)}; its fields: {', '.join(sorted(defaults))}")
-    fields = {**defaults, **{k: v for k, v in given.items() if k in defaults}}
-    n = fields["num_train_timesteps"]
-    if not isinstance(n, int) or n < 1:
-        raise ValueError(f"num_train_timesteps={n!r}: must be a whole number, at least 1")
+    fields = {k: _checked(k, given.get(k, default), default) for k, default in defaults.items()}
+    if fields["num_train_timesteps"] < 1:
+        raise ValueError(f"num_train_timesteps={fields['num_train_timesteps']!r}: must be a whole number, at least 1")
     if "time_shift_type" in fields:
         one_of(fields, "time_shift_type", schedules.SHIFTS)
     spacings = [k for k in schedules.SPACINGS if fields.get(k)]
     if len(spacings) > 1:
         raise ValueError(f"{', '.join(spacings)} contradict each other: one at most may be true")
     return name, fields
+
+
+_NUMBERS = {"sigma_min", "sigma_max", "shift_terminal"}  # None where absent
+
+
+def _checked(field: str, value: Any, default: Any) -> Any:
+    """A field's value as a Python number, flag or word, by the kind of its default.
+
+    Raises:
+        ValueError: another kind, or a number that the field cannot be.
+    """
+    if field in _NUMBERS:
+        value = value if value is None else _real(field, value)
+        ok = value is None or (value > 0 if field != "shift_terminal" else 0 <= value < 1)
+        if not ok:
+            raise ValueError(f"{field}={value}: must {'be positive' if field != 'shift_terminal' else 'lie in [0, 1)'}")
+        return value
+    if isinstance(default, bool):
+        if value is not None and not isinstance(value, bool | int | np.bool_):
+            raise ValueError(f"{field}={value!r}: must be true or false")
+        return bool(value)
+    if isinstance(default, int):
+        return _whole(field, value, None)
+    if isinstance(default, float):
+        return _real(field, value, finite=field != "lambda_min_clipped")
+    if field == "disable_corrector":
+        return tuple(_whole(f"{field} entry", i, 0) for i in np.ravel(np.asarray([] if value is None else value)))
+    return value
+
+
+def _whole(what: str, value: Any, least: int | None) -> int:
+    number = value.item() if isinstance(value, np.generic) else value
+    good = isinstance(number, int | float) and not isinstance(number, bool) and number == number // 1
+    if not good or math.isinf(number) or (least is not None and number < least):
+        raise ValueError(f"{what}={value!r}: must be a whole number{'' if least is None else f', at least {least}'}")
+    return int(number)
+
+
+def _real(what: str, value: Any, *, finite: bool = True) -> float:
+    """Python's own float: a NumPy scalar would widen the float32 arithmetic that rounding depends on."""
+    try:
+        number = value if isinstance(value, int) and not isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if (isinstance(value, bool | str) and finite) or math.isnan(number) or (finite and math.isinf(number)):
+        raise ValueError(f"{what}={value!r}: must be a {'finite ' * finite}number")
+    return number

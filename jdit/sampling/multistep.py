@@ -45,7 +45,7 @@ class _UniPC:
         places = [0.0]
         for j in range(1, order):
             r = (self.lam[s - j] - self.lam[s]) / h
-            if r >= places[-1]:
+            if r in places:
                 break
             places.append(r)
         return np.array(places[1:])
@@ -224,7 +224,7 @@ def dpmpp(
             orders[-2:] = [min(order, 2), 1][-steps:]
         if euler_at_final:
             orders[-1] = 1
-    common = columns(grid, begin, prediction, threshold)
+    common = columns(grid, begin, prediction, threshold, predict_x0)
     common |= extrapolated(grid, begin, prediction, predict_x0, threshold is not None)
     solver = _DPM(grid, target, predict_x0, stochastic, kind)
     pred_x, noise, pred_m = np.zeros(steps - begin), np.zeros(steps - begin), np.zeros((steps - begin, 3))

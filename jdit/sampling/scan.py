@@ -1,5 +1,6 @@
 """The loop: one linear step, one lax.scan, for every solver that is a table."""
 
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -155,9 +156,29 @@ def run(
     """
     total, state = table.steps if total is None else total, _begun(model, state)
 
-    def body(state: State, xs) -> tuple[State, None]:
-        row, extra = xs
-        out, before = _output(model, state, row, extra)
+    body = _kept_body(model, on_step, preview, total)
+    return lax.scan(body, (state, key), (_cast(table, state.x.dtype), per_step))[0][0]
+
+
+_bodies: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+def _kept_body(model: Model | Stateful, *settings) -> Callable:
+    """The same body for the same model, so that `solve` outside of a jit is traced once too (lax.scan remembers the
+    functions that it has seen). It must not keep the model, which may hold weights, alive."""
+    try:
+        kept, of = _bodies.setdefault(model, {}), weakref.ref(model)
+    except TypeError:  # a Stateful, or another callable that takes no weak reference
+        return _body(lambda: model, *settings)
+    if settings not in kept:
+        kept[settings] = _body(of, *settings)
+    return kept[settings]
+
+
+def _body(model: Callable[[], Any], on_step: OnStep | None, preview: bool, total: int) -> Callable:
+    def body(carry: tuple[State, Array | None], xs) -> tuple[tuple[State, Array | None], None]:
+        (state, key), (row, extra) = carry, xs
+        out, before = _output(model(), state, row, extra)
         state = step(before, row, out, _noise(key, before, row))
         if on_step is not None and preview:
             show = lambda i, x0, call=on_step: call(int(i), total, np.asarray(x0))
@@ -166,9 +187,9 @@ def run(
             # the pixel ties the call to the end of the step; without it XLA may call before the network has run
             pixel = state.x[(0,) * state.x.ndim]
             jax.debug.callback(lambda i, _, call=on_step: call(int(i), total), row.index, pixel)
-        return state, None
+        return (state, key), None
 
-    return lax.scan(body, state, (_cast(table, state.x.dtype), per_step))[0]
+    return body
 
 
 def solve(

@@ -23,11 +23,13 @@ _BETAS = {
     "trained_betas": None, "rescale_betas_zero_snr": False, "steps_offset": 0, "prediction_type": "epsilon",
     "sample_max_value": 1.0,
 }  # fmt: skip
+# of the three spacings; in the signature of UniPC alone, yet read wherever a config has them
+_ENDS = {"sigma_min": None, "sigma_max": None}
 _FLOW_EULER = {
     "num_train_timesteps": 1000, "shift": 1.0, "use_dynamic_shifting": False, "base_shift": 0.5, "max_shift": 1.15,
     "base_image_seq_len": 256, "max_image_seq_len": 4096, "invert_sigmas": False, "shift_terminal": None,
     "use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False,
-    "time_shift_type": "exponential", "stochastic_sampling": False,
+    "time_shift_type": "exponential", "stochastic_sampling": False, **_ENDS,
 }  # fmt: skip
 _MULTISTEP = {
     **_BETAS, "solver_order": 2, "thresholding": False, "dynamic_thresholding_ratio": 0.995, "lower_order_final": True,
@@ -37,11 +39,11 @@ _MULTISTEP = {
 }  # fmt: skip
 _UNIPC = {
     **_MULTISTEP, "predict_x0": True, "solver_type": "bh2", "disable_corrector": (), "solver_p": None,
-    "sigma_min": None, "sigma_max": None, "shift_terminal": None,
+    "shift_terminal": None, **_ENDS,
 }  # fmt: skip
 _DPM = {
     **_MULTISTEP, "algorithm_type": "dpmsolver++", "solver_type": "midpoint", "euler_at_final": False,
-    "use_lu_lambdas": False, "lambda_min_clipped": -math.inf, "variance_type": None,
+    "use_lu_lambdas": False, "lambda_min_clipped": -math.inf, "variance_type": None, **_ENDS,
 }  # fmt: skip
 # clip_sample, its range and sample_max_value are stored there, and never read
 _COGVIDEOX = {
@@ -80,7 +82,8 @@ def _flow_match_euler(fields: Fields, steps: int, mu: float | None, sigmas, begi
     sigmas = _shifted(fields, sigmas, shift, mu)
     for flag, spacing in schedules.SPACINGS.items():
         if fields.get(flag):
-            first, last = float(sigmas[0]), float(sigmas[-1])
+            first, last = (float(end) if given is None else given for end, given in
+                           ((sigmas[0], fields["sigma_max"]), (sigmas[-1], fields["sigma_min"])))  # fmt: skip
             if not last > 0:
                 raise ValueError(f"{flag}=True needs a last sigma above 0")
             sigmas = spacing(first, last, steps)
@@ -149,9 +152,10 @@ def _dpmpp(fields: Fields, steps: int, mu: float | None, sigmas, begin: int) -> 
     one_of(fields, "variance_type", (None,))
     prediction = _prediction(fields)
     algorithm = one_of(fields, "algorithm_type", (*ALGORITHMS, "deis"))
+    finals = ("zero", "sigma_min") if algorithm.endswith("++") else ("sigma_min",)
     algorithm = "dpmsolver++" if algorithm == "deis" else algorithm  # left from an exchanged scheduler
     predict_x0, stochastic = algorithm.endswith("++"), algorithm.startswith("sde")
-    final = one_of(fields, "final_sigmas_type", ("zero", "sigma_min") if predict_x0 else ("sigma_min",))
+    final = one_of(fields, "final_sigmas_type", finals)
     if prediction == "flow_prediction" and not predict_x0:
         raise ValueError(f"algorithm_type={algorithm!r} is not supported with prediction_type='flow_prediction'")
     kind = one_of(fields, "solver_type", ("midpoint", "heun", "logrho", "bh1", "bh2"))
@@ -177,12 +181,12 @@ def _cogvideox(fields: Fields, steps: int, mu: float | None, sigmas, begin: int,
     if not scale > 0:
         raise ValueError(f"snr_shift_scale={scale}: must be positive")
     zero = bool(fields["rescale_betas_zero_snr"])
-    if zero and prediction == "epsilon":
-        raise ValueError("prediction_type='epsilon' says nothing of pure noise (rescale_betas_zero_snr=True)")
     bar = schedules.shifted_levels(_betas(fields, wide=True), scale, zero_snr=zero).astype(np.float64)
     spacing = one_of(fields, "timestep_spacing", SPACINGS)
     timesteps = schedules.spaced_timesteps(spacing, n, steps, fields["steps_offset"], to_zero=True)
     visited = timesteps.astype(int)
+    if prediction == "epsilon" and (bar[visited[begin:]] == 0).any():
+        raise ValueError("prediction_type='epsilon' says nothing of pure noise (rescale_betas_zero_snr=True)")
     # counted from the timestep, not the next one of the run: with 1000 / 30 steps the two differ by one now and then
     following = visited - n // steps
     after = np.where(following >= 0, bar[following], 1.0 if fields["set_alpha_to_one"] else bar[0])
@@ -271,10 +275,13 @@ def _clipped(fields: Fields, training: Float[np.ndarray, "T"]) -> int:
 
 def _betas(fields: Fields, *, wide: bool = False) -> Float[np.ndarray, "T"]:
     n, trained = fields["num_train_timesteps"], fields["trained_betas"]
+    for field in ("beta_start", "beta_end"):
+        if not 0 < fields[field] < 1:
+            raise ValueError(f"{field}={fields[field]}: must lie between 0 and 1")
     if trained is None:
         return schedules.betas(fields["beta_schedule"], fields["beta_start"], fields["beta_end"], n, wide=wide)
-    if len(trained) != n:
-        raise ValueError(f"trained_betas has {len(trained)} entries, num_train_timesteps={n}")
+    if np.ndim(trained) != 1 or len(trained) != n:
+        raise ValueError(f"trained_betas has {np.size(trained)} entries, num_train_timesteps={n}")
     return np.asarray(trained, np.float32)
 
 
@@ -283,7 +290,8 @@ def _training_sigmas(fields: Fields) -> Float[np.ndarray, "T"]:
 
 
 def _respaced(fields: Fields, spacing, training: Float[np.ndarray, "T"], steps: int) -> Float[np.ndarray, "S"]:
-    ends = [fields[f] if fields.get(f) is not None else float(end) for f, end in
+    own = spacing is not schedules.uniform_log_snr  # it does not read the two fields
+    ends = [fields[f] if own and fields[f] is not None else float(end) for f, end in
             (("sigma_max", training[-1]), ("sigma_min", training[0]))]  # fmt: skip
     return spacing(*ends, steps)
 

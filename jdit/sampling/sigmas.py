@@ -29,9 +29,11 @@ def dynamic_shift(sigmas: Sigmas, mu: float, kind: str = "exponential") -> Sigma
     """
     if kind not in SHIFTS:
         raise ValueError(f"time_shift_type={kind!r} is unknown; there are {', '.join(SHIFTS)}")
-    factor = math.exp(mu) if kind == "exponential" else mu
-    if not factor > 0:
+    if kind == "linear" and not mu > 0:
         raise ValueError(f"mu={mu} must be positive with time_shift_type='linear'")
+    if kind == "exponential" and not abs(mu) < 80:
+        raise ValueError(f"mu={mu} must lie within (-80, 80): the shift is its exponential")
+    factor = math.exp(mu) if kind == "exponential" else mu
     with np.errstate(divide="ignore"):
         return factor / (factor + (1 / sigmas - 1))
 
@@ -183,14 +185,15 @@ def timestep_of(sigmas: Sigmas, training: Sigmas) -> Sigmas:
 
 
 def diffusion_grid(sigmas: Float[np.ndarray, "S+1"], timesteps: Sigmas) -> Grid:
-    """Variance-preserving grid, alpha^2 + sigma^2 = 1, from sigma / alpha rounded to float32.
+    """Variance-preserving grid, alpha^2 + sigma^2 = 1, from sigma / alpha rounded to float32. Levels may rise: with
+    zero terminal SNR the last training level, cut at 4096, lies below some before it.
 
     Raises:
-        ValueError: sigmas that are negative, not finite, or rise before the final one.
+        ValueError: sigmas that are negative or not finite.
     """
     s = np.asarray(sigmas, np.float32).astype(np.float64)
-    if not (np.isfinite(s) & (s >= 0)).all() or (np.diff(s)[:-1] > 0).any():
-        raise ValueError(f"sigmas must be finite, at least 0, and not rise: {_excerpt(s)}")
+    if not (np.isfinite(s) & (s >= 0)).all():
+        raise ValueError(f"sigmas must be finite and at least 0: {excerpt(s)}")
     alpha = 1 / np.sqrt(s**2 + 1)
     return Grid(alpha, s * alpha, np.asarray(timesteps, np.float32))
 
@@ -203,18 +206,35 @@ def flow_grid(sigmas: Float[np.ndarray, "S+1"], timesteps: Sigmas, *, inverted: 
         timesteps: what the network sees.
         inverted: `sigmas` count from noise (0) to sample (1).
 
+    A shift rounded to float32 can pass 1 by an ulp, and the final level, where it is the smallest training sigma, can
+    lie above the one before: both stay as the reference has them.
+
     Raises:
-        ValueError: sigmas outside [0, 1], or that rise (inverted: fall) before the final one, which may be the smallest
-            training sigma and then lies where it lies.
+        ValueError: sigmas that are not finite.
     """
     s = np.asarray(sigmas, np.float32).astype(np.float64)
-    if not ((s >= 0) & (s <= 1)).all():
-        raise ValueError(f"sigmas must lie in [0, 1]: {_excerpt(s)}")
-    if (np.diff(s if inverted else -s)[:-1] < 0).any():
-        raise ValueError(f"sigmas must not {'fall' if inverted else 'rise'}: {_excerpt(s)}")
+    if not np.isfinite(s).all():
+        raise ValueError(f"sigmas must be finite: {excerpt(s)}")
     alpha, sigma = (s, 1 - s) if inverted else (1 - s, s)
     return Grid(alpha, sigma, np.asarray(timesteps, np.float32))
 
 
-def _excerpt(s: np.ndarray) -> str:
+def given_sigmas(sigmas, steps: int) -> Sigmas:
+    """A user's noise levels of a flow, checked. float32 stays so: the reference's rounding depends on it.
+
+    Raises:
+        ValueError: another number of them than steps, values outside [0, 1], or rising ones.
+    """
+    s = np.asarray(sigmas)
+    s = s if s.dtype == np.float32 else s.astype(np.float64)
+    if s.shape != (steps,):
+        raise ValueError(f"sigmas has shape {s.shape}: {steps} steps need {steps} numbers")
+    if not ((s >= 0) & (s <= 1)).all():
+        raise ValueError(f"sigmas must lie in [0, 1]: {excerpt(s)}")
+    if (np.diff(s) > 0).any():
+        raise ValueError(f"sigmas must not rise: {excerpt(s)}")
+    return s
+
+
+def excerpt(s: np.ndarray) -> str:
     return np.array2string(s, precision=6, threshold=8, edgeitems=3)

@@ -10,14 +10,25 @@ from jdit.sampling.table import Grid, Table, Threshold, to_noise, to_x0
 Levels = tuple[Float[np.ndarray, "S"], Float[np.ndarray, "S"]]  # alpha, sigma
 
 
-def columns(grid: Grid, begin: int, prediction: str, threshold: tuple[float, float] | None = None) -> dict[str, Any]:
+def columns(
+    grid: Grid, begin: int, prediction: str, threshold: tuple[float, float] | None = None, predict_x0: bool = True
+) -> dict[str, Any]:
     """The columns that do not depend on the solver, from row `begin` on.
 
     Args:
-        threshold: quantile and ceiling of dynamic thresholding, see `Threshold`.
+        threshold: quantile and ceiling of dynamic thresholding, see `Threshold`; of an x0 that comes by way of the
+            noise where that is extrapolated (it differs for v on a flow).
+
+    Raises:
+        ValueError: a `begin` that is no row.
     """
+    if not 0 <= begin < len(grid.timestep):
+        raise ValueError(f"begin={begin}: must be from 0 to {len(grid.timestep) - 1}, the rows of this schedule")
     alpha, sigma = grid.alpha[begin:-1], grid.sigma[begin:-1]
     x0_x, x0_out = to_x0(prediction, alpha, sigma)
+    if threshold is not None and not predict_x0:
+        noise_x, noise_out = to_noise(prediction, alpha, sigma)
+        x0_x, x0_out = (1 - sigma * noise_x) / alpha, -sigma * noise_out / alpha
     index = np.arange(len(sigma), dtype=np.int32)
     timestep = np.asarray(grid.timestep[begin:], np.float32)
     by = None if threshold is None else Threshold(*(np.full(len(sigma), value) for value in threshold))

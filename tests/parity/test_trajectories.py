@@ -81,7 +81,7 @@ def multistep(draw, name):
         config["rescale_betas_zero_snr"] = draw(st.booleans())
         if name == DPM:
             config["lambda_min_clipped"] = draw(st.sampled_from([-math.inf, -5.1]))
-    if clean and draw(st.integers(0, 4)) == 0:
+    if draw(st.integers(0, 4)) == 0:
         config |= {"thresholding": True, "dynamic_thresholding_ratio": draw(st.sampled_from([0.6, 0.995])),
                    "sample_max_value": draw(st.sampled_from([0.5, 1.0, 1.7]))}  # fmt: skip
     return config
@@ -102,7 +102,7 @@ def flow_euler(draw):
     """A config with its arguments: sigmas of our own are falling multiples of 1/997."""
     dynamic, stochastic = draw(st.booleans()), draw(st.booleans())
     config = {"_class_name": EULER, "use_dynamic_shifting": dynamic,
-              "shift": draw(st.sampled_from([0.5, 1.0, 3.0, 7.0])),
+              "shift": draw(st.sampled_from([0.2, 0.5, 1.0, 1.58, 3.0, 4.03, 7.0])),
               "num_train_timesteps": draw(st.sampled_from([1000, 500])), "stochastic_sampling": stochastic,
               "time_shift_type": draw(st.sampled_from(["exponential", "linear"])),
               "shift_terminal": draw(st.sampled_from([None, None, 0.02, 0.1]))}  # fmt: skip
@@ -119,7 +119,11 @@ def compare(config, steps, **arguments):
     """Float64 throughout first, where only the formulas can differ; then in float32, as both are run. Whether the
     reference had finite numbers to compare with."""
     noises = noise(2, (steps + 1, *SHAPE))
-    table = sampling.from_config(config, steps, **arguments)
+    try:
+        table = sampling.from_config(config, steps, **arguments)
+    except ValueError as e:
+        assert "the SDE form" in str(e)  # the reference takes the root of a negative number there
+        return False
     begin = arguments.get("begin", 0)
     try:
         wide, scheduler = reference(config, steps, noise(), noises=noises, dtype=torch.float64, **arguments)
