@@ -32,8 +32,8 @@ class Work(NamedTuple):
     units: int = 1
 
 
-def jax_weights(make: Callable[[], Any]) -> Any:
-    """A module with weights of standard deviation 0.02, norms about 1. Hashed indices: generators compile slowly."""
+def jax_weights(make: Callable[[], Any], deviation: Callable[[tuple[int, ...]], float] = lambda shape: 0.02) -> Any:
+    """A module with weights of this standard deviation, norms about 1. Hashed indices: generators compile slowly."""
     import jax
     import jax.numpy as jnp
 
@@ -46,7 +46,7 @@ def jax_weights(make: Callable[[], Any]) -> Any:
         for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
             n = (n ^ (n >> shift)) * jnp.uint32(factor)
         unit = (n >> 8).astype(jnp.float32) / 2**24 - 0.5  # of standard deviation 12**-0.5
-        return (unit * 0.02 * 12**0.5 + (path[-1] == "scale")).astype(like.dtype).reshape(like.shape)
+        return (unit * deviation(like.shape) * 12**0.5 + (path[-1] == "scale")).astype(like.dtype).reshape(like.shape)
 
     fill = jax.jit(lambda: [draw(i, *item) for i, item in enumerate(shapes.items())])
     return sharding.assemble(make, dict(zip(shapes, fill())))

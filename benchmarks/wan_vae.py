@@ -8,7 +8,7 @@
 A case is `who:form:what`. jdit's forms are the two ways to compute a causal convolution (jdit.nn.vae.causal.FORMS),
 and "stream", a chunk a call from Python; diffusers' are eager and torch.compile. Each runs in a process of its own with
 empty compilation caches. Compile time is the first call's time less a later call's. Peak memory is the allocator's,
-without preallocation, weights and result included. What jdit decodes leaves as uint8, as its pipelines have it;
+weights and result included. What jdit decodes leaves as uint8, as its pipelines have it;
 diffusers' decoder gives bfloat16. Needs a GPU for figures that mean anything.
 """
 
@@ -16,14 +16,10 @@ import argparse
 import datetime
 import json
 import math
-import os
-import statistics
-import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Callable
 from typing import Any, NamedTuple
+
+import harness
 
 REPEATS = 5
 FORMS = {"jdit": ("taps", "conv3d", "stream"), "diffusers": ("eager", "compile")}
@@ -52,41 +48,19 @@ class Job(NamedTuple):
         return 1 + (self.frames - 1) // 4, self.height // f, self.width // f, self.upstream.get("z_dim", 16)
 
 
-class Work(NamedTuple):
-    """One call, how to wait for its result, and what to note once it has run."""
-
-    call: Callable[[], Any]
-    ready: Callable[[Any], Any]
-    facts: Callable[[], dict[str, Any]]
-
-
-def jdit_work(form: str, what: str, job: Job) -> Work:
+def jdit_work(form: str, what: str, job: Job) -> harness.Work:
     import jax
     import jax.numpy as jnp
-    import numpy as np
     from flax import nnx
 
     from convert import autoencoder_kl_wan as wan
-    from jdit import sharding
     from jdit.nn.vae import causal
     from jdit.nn.vae.autoencoder_kl_wan import CHUNK, AutoencoderKLWan
 
     causal.FORM = "taps" if form == "stream" else form
     cfg = wan.config(job.upstream, dtype="bfloat16")
-    make = lambda: AutoencoderKLWan(cfg, rngs=nnx.Rngs(0))
-    shapes = sharding.abstract(make)[1]
-
-    def draw(seed: int, path, like) -> jax.Array:
-        """Hashed indices, of unit gain; norms about 1. Generators compile slowly."""
-        n = jax.lax.iota(jnp.uint32, math.prod(like.shape)) * jnp.uint32(2654435761) + jnp.uint32(seed * 40503)
-        for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
-            n = (n ^ (n >> shift)) * jnp.uint32(factor)
-        unit = ((n >> 8).astype(jnp.float32) / 2**24 - 0.5) * 12**0.5
-        gain = 0.1 if len(like.shape) == 1 else math.prod(like.shape[:-1]) ** -0.5
-        return (unit * gain + (path[-1] == "scale")).astype(like.dtype).reshape(like.shape)
-
-    weights = jax.jit(lambda: [draw(i, *item) for i, item in enumerate(shapes.items())])()
-    vae = sharding.assemble(make, dict(zip(shapes, weights)))
+    gain = lambda shape: 0.1 if len(shape) == 1 else math.prod(shape[:-1]) ** -0.5  # unit variance through the layers
+    vae = harness.jax_weights(lambda: AutoencoderKLWan(cfg, rngs=nnx.Rngs(0)), gain)
     key = jax.random.key(1)
     to_bytes = lambda x: jnp.round((x / 2 + 0.5) * 255).astype(jnp.uint8)
     latents = jax.random.normal(key, (1, *job.latent)) * 0.3
@@ -112,17 +86,10 @@ def jdit_work(form: str, what: str, job: Job) -> Work:
                 out, cache = step(vae, given[:, i : i + size], cache)
             return out
 
-    def facts() -> dict[str, Any]:
-        if not np.isfinite(np.asarray(call(), np.float32)).all():
-            raise FloatingPointError("NaN or infinity")
-        device = jax.devices()[0]
-        peak = (device.memory_stats() or {}).get("peak_bytes_in_use", 0) / 1e9
-        return {"peak_gb": peak, "device": device.device_kind, "versions": f"jax {jax.__version__}"}
-
-    return Work(call, jax.block_until_ready, facts)
+    return harness.jax_work(call, tiny=True)  # the ceiling is not asked for
 
 
-def diffusers_work(form: str, what: str, job: Job) -> Work:
+def diffusers_work(form: str, what: str, job: Job) -> harness.Work:
     import diffusers
     import torch
 
@@ -141,55 +108,11 @@ def diffusers_work(form: str, what: str, job: Job) -> Work:
         vae.decoder, vae.encoder = torch.compile(vae.decoder), torch.compile(vae.encoder)
 
     def call():
-        with torch.no_grad():
-            if what == "decode":
-                return vae.decode(latents, return_dict=False)[0]
-            return vae.encode(pixels, return_dict=False)[0].parameters
+        if what == "decode":
+            return vae.decode(latents, return_dict=False)[0]
+        return vae.encode(pixels, return_dict=False)[0].parameters
 
-    def ready(_):
-        if device == "cuda":
-            torch.cuda.synchronize()
-
-    def facts() -> dict[str, Any]:
-        if not torch.isfinite(call()).all():
-            raise FloatingPointError("NaN or infinity")
-        on_gpu = device == "cuda"
-        return {
-            "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if on_gpu else 0.0,
-            "device": torch.cuda.get_device_name() if on_gpu else "cpu",
-            "versions": f"torch {torch.__version__}, diffusers {diffusers.__version__}",
-        }
-
-    return Work(call, ready, facts)
-
-
-def measure(case: str, job: Job) -> dict[str, Any]:
-    """One case, in this process."""
-    who, form, what = case.split(":")
-    work = (jdit_work if who == "jdit" else diffusers_work)(form, what, job)
-    times = []
-    for _ in range(REPEATS + 1):
-        start = time.perf_counter()
-        work.ready(work.call())
-        times.append(time.perf_counter() - start)
-    first, *rest = times
-    middle = statistics.median(rest)
-    spread = (max(rest) - min(rest)) / middle
-    return {"case": case, "time_s": middle, "spread": spread, "compile_s": first - middle, **work.facts()}
-
-
-def run_case(case: str, passed: list[str]) -> dict[str, Any] | None:
-    """One case in a process of its own; None if it fails."""
-    command = [sys.executable, os.path.abspath(__file__), "--case", case, *passed]
-    with tempfile.TemporaryDirectory() as cache:
-        env = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor"}
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=env | {"TRITON_CACHE_DIR": f"{cache}/t"})
-    found = [line[4:] for line in done.stdout.splitlines() if line.startswith("ROW ")]
-    if done.returncode or not found:
-        print(f"{case} failed with exit code {done.returncode}", file=sys.stderr)
-        return None
-    print(found[0], flush=True)
-    return json.loads(found[0])
+    return harness.torch_work(call, tiny=True)
 
 
 def report(rows: list[dict[str, Any]], job: Job, release: str, failed: list[str]) -> str:
@@ -228,12 +151,14 @@ def main():
     else:
         job = Job(UPSTREAM[args.release], args.frames, *SIZES[args.release])
     if args.case:
-        print("ROW " + json.dumps(measure(args.case, job)), flush=True)
+        who, form, what = args.case.split(":")
+        work = (jdit_work if who == "jdit" else diffusers_work)(form, what, job)
+        print("ROW " + json.dumps(harness.measure(args.case, work, REPEATS)), flush=True)
         return
     passed = ["--release", args.release, "--frames", str(args.frames), *(["--tiny"] if args.tiny else [])]
     rows, failed = [], []
     for case in (c for c in CASES if args.only in c):
-        row = run_case(case, passed)
+        row = harness.run_case(__file__, case, passed)
         if row is None:
             failed.append(case)
         else:
