@@ -87,7 +87,7 @@ class Pipeline:
             negative_prompt: what to steer away from; used when guidance is above 1.
             image: the picture to start from. height, width: pixels; None is the variant's own size.
             guidance: the classifier-free scale, 1 is off. shift: the flow shift; None is the checkpoint's.
-            solver: "euler", "unipc" or a scheduler config; None is the checkpoint's.
+            solver: a name that `sampling.with_solver` knows, or a scheduler config; None is the checkpoint's.
             seed: of the noise: one number (output i takes seed + i), or one an output.
             latents: the initial noise, float32, channels last, instead of the seed's.
             last_image: the picture to end with. num_frames: of a video; None is the variant's own number.
