@@ -76,7 +76,9 @@ class TestExecutor:
 
     @pytest.mark.parametrize("scanned", [False, True])
     def test_replays_a_block_for_each_segment_and_keeps_what_it_carries(self, scanned):
-        values, timings = run(self.STAGES, self.weights(), {"carry": jnp.float32(0), "n": 3}, scanned=scanned)
+        told: list[str] = []
+        given = {"carry": jnp.float32(0), "n": 3}
+        values, timings = run(self.STAGES, self.weights(), given, scanned=scanned, on_stage=told.append)
         carry, want = 0.0, []
         for item in (1.0, 2.0, 3.0):  # the same by hand
             total = carry + item + 1
@@ -85,7 +87,7 @@ class TestExecutor:
         np.testing.assert_allclose(values["all"], want)
         np.testing.assert_allclose(values["carry"], carry)
         assert list(timings) == ["plan", "add[0]", "carry[0]", "add[1]", "carry[1]", "add[2]", "carry[2]", "merge"]
-        assert min(timings.values()) >= 0
+        assert min(timings.values()) >= 0 and told == list(timings)
 
     def test_streams_a_block(self):
         log: list[str] = []

@@ -49,6 +49,7 @@ class Pipeline:
     """
 
     takes: ClassVar[tuple[str, ...]]  # the arguments of this family, beside the prompt
+    segmented: ClassVar[bool] = False  # whether `stream` yields more than one result
     of_text: ClassVar[tuple[str, ...]] = ("max_text_tokens",)  # those of them that encoding a prompt takes
 
     def __init__(self, parts: Parts, weights: Weights, *, mesh: Mesh | None = None):
@@ -179,7 +180,7 @@ class Pipeline:
     def components(self) -> dict[str, Any]:
         return {name: self.weights[name] for name in self.parts.configs}
 
-    def _on_mesh(self):
+    def on_mesh(self):
         return jax.set_mesh(self.mesh) if self.mesh is not None else contextlib.nullcontext()
 
     def _generate(self, prompt, **arguments: Any) -> Output:

@@ -266,7 +266,7 @@ class WanVideo(WanPipeline):
         experts = self.experts(table)
         pictures = self._pictures(a, height, width)
         guided, timings, vae = scale > 1, {}, self.parts.configs["vae"]
-        with self._on_mesh():
+        with self.on_mesh():
             prompt = self._prompt(prompt, a, guided, timings)
             count = prompt.positive.states.shape[0] * a["num_outputs"]
             shape = ((frames - 1) // vae.time_factor + 1, height // vae.space_factor, width // vae.space_factor)

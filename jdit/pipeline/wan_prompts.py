@@ -46,7 +46,7 @@ class WanPipeline(base.Pipeline):
         max_text_tokens: int | None = None,
     ) -> Prompt:
         """Encode prompts once, to be given to calls in their place; negative_prompt None leaves out the negatives."""
-        with self._on_mesh():
+        with self.on_mesh():
             return self._encode(prompt, negative_prompt, {}, max_text_tokens=max_text_tokens)
 
     def _encode(self, prompt, negative, timings, max_text_tokens=None) -> Prompt:
