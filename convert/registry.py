@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from convert import autoencoder_kl as kl
 from convert import autoencoder_kl_wan as wan_vae
-from convert import clip, clip_vision, sd3, single, t5, wan
+from convert import clip, clip_vision, sd3, single, t5, wan, wan_animate
 from convert.component import Component
 from convert.layout import Signature
 from convert.table import Rule
@@ -17,6 +17,7 @@ from jdit.nn.vae.autoencoder_kl import AutoencoderKL
 from jdit.nn.vae.autoencoder_kl_wan import AutoencoderKLWan
 from jdit.nn.vision.clip import CLIPVision
 from jdit.nn.wan import Wan
+from jdit.nn.wan_animate import WanAnimate
 from jdit.sharding import Rules
 from jdit.zoo import MODULES
 
@@ -47,6 +48,10 @@ COMPONENTS: dict[str, Component] = {
         _t5("T5EncoderModel"),
         _t5("UMT5EncoderModel"),
         Component("WanTransformer3DModel", Wan, wan.config, wan.upstream_config, wan.rules),
+        Component(
+            "WanAnimateTransformer3DModel", WanAnimate, wan_animate.config, wan_animate.upstream_config,
+            wan_animate.rules,
+        ),
     )
 }  # fmt: skip
 """Upstream class -> component."""
@@ -55,7 +60,7 @@ LIBRARY = {
     "SD3Transformer2DModel": "diffusers", "AutoencoderKL": "diffusers", "CLIPTextModelWithProjection": "transformers",
     "CLIPTextModel": "transformers", "T5EncoderModel": "transformers", "UMT5EncoderModel": "transformers",
     "CLIPVisionModelWithProjection": "transformers", "CLIPVisionModel": "transformers",
-    "WanTransformer3DModel": "diffusers", "AutoencoderKLWan": "diffusers",
+    "WanTransformer3DModel": "diffusers", "AutoencoderKLWan": "diffusers", "WanAnimateTransformer3DModel": "diffusers",
 }  # fmt: skip
 
 
