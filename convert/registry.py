@@ -6,7 +6,7 @@ from typing import Any
 
 from convert import autoencoder_kl as kl
 from convert import autoencoder_kl_wan as wan_vae
-from convert import clip, clip_vision, sd3, t5, wan
+from convert import clip, clip_vision, sd3, t5, wan, wan_animate
 from convert.component import Component
 from convert.families import sd3 as sd3_family
 from convert.families import wan as wan_family
@@ -20,6 +20,7 @@ from jdit.nn.vae.autoencoder_kl import AutoencoderKL
 from jdit.nn.vae.autoencoder_kl_wan import AutoencoderKLWan
 from jdit.nn.vision.clip import CLIPVision
 from jdit.nn.wan import Wan
+from jdit.nn.wan_animate import WanAnimate
 from jdit.sharding import Rules
 from jdit.zoo import MODULES
 
@@ -52,6 +53,10 @@ COMPONENTS: dict[str, Component] = {
         _t5("T5EncoderModel"),
         _t5("UMT5EncoderModel"),
         Component("WanTransformer3DModel", Wan, wan.config, wan.upstream_config, wan.rules),
+        Component(
+            "WanAnimateTransformer3DModel", WanAnimate, wan_animate.config, wan_animate.upstream_config,
+            wan_animate.rules,
+        ),
     )
 }  # fmt: skip
 """Upstream class -> component."""

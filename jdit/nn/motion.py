@@ -10,7 +10,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
@@ -20,7 +19,6 @@ from jdit.nn.wan_animate_config import WanAnimateConfig
 from jdit.sharding import shard
 
 SLOPE = 0.2
-BLUR = np.array([1, 3, 3, 1], np.float32) / 8
 LINEARS = 5
 """Dense layers from appearance to motion."""
 EPS = 1e-6
@@ -39,11 +37,12 @@ def equalised(layer: nnx.Conv | nnx.Linear, x: Float[Array, "..."]) -> Float[Arr
 
 
 def blur(x: Pixels, pad: int) -> Pixels:
-    """The binomial filter of four taps along rows and columns, zeros outside: H + 2 pad - 3 rows are left."""
-    h, w = (n + 2 * pad - len(BLUR) + 1 for n in x.shape[1:3])
+    """The filter [1, 3, 3, 1] / 8 along rows and columns, zeros outside: H + 2 pad - 3 rows are left."""
     out = jnp.pad(x.astype(jnp.float32), ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-    out = sum((tap * out[:, i : i + h] for i, tap in enumerate(BLUR)), jnp.float32(0))
-    out = sum((tap * out[:, :, i : i + w] for i, tap in enumerate(BLUR)), jnp.float32(0))
+    for axis in (1, 2):
+        n = out.shape[axis] - 3
+        a, b, c, d = (jax.lax.slice_in_dim(out, i, i + n, axis=axis) for i in range(4))
+        out = (a + d + 3 * (b + c)) / 8
     return out.astype(x.dtype)
 
 
