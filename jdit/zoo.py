@@ -56,7 +56,12 @@ def _sd3(transformer: MMDiTConfig) -> dict[str, Any]:
     }  # fmt: skip
 
 
-PLANS = {"wan": Plan(steps=50, guidance=5.0, height=480, width=832, max_text_tokens=512, num_frames=81)}
+PLANS = {
+    "wan": Plan(steps=50, guidance=5.0, height=480, width=832, max_text_tokens=512, num_frames=81),
+    "wan-animate": Plan(
+        steps=20, guidance=1.0, height=720, width=1280, max_text_tokens=512, fps=30.0, segment_frames=77,
+    ),
+}  # fmt: skip
 """How a family's unknown variants are run; others as Plan() has it."""
 
 
