@@ -11,6 +11,7 @@ from jaxtyping import Int, UInt8
 from PIL import Image
 
 from jdit import media
+from jdit.sampling.segments import reflected
 from jdit.video import Source, as_rgb, luma, video
 
 GREY, GREY_SHARE = (32, 223), 0.1
@@ -200,6 +201,46 @@ def _resizing(name: str, clip: _Clip, to: tuple[int, int]) -> str:
 
 def _size(clip: _Clip) -> str:
     return f"{clip.size[1]} x {clip.size[0]}"
+
+
+class Streams:
+    """Driving videos that are read a piece at a time, so that a file never lies in memory as a whole.
+
+    As upstream has it, nothing about them need agree: each is brought to size, and goes back and forth where it is
+    shorter than what is asked of it. `check` is stricter.
+
+    Attributes:
+        length: frames of the pose video.
+    """
+
+    def __init__(
+        self, pose: Source, face: Source, background: Source | None = None, mask: Source | None = None, *, height: int,
+        width: int, face_size: int,
+    ):  # fmt: skip
+        """Args: as those of `read`. Raises: ValueError, OSError: a video that cannot be read; all are decoded once."""
+        size = (height, width)
+        sizes = (size, (face_size, face_size), size, size)
+        sources = (pose, face, background, None if mask is None else as_rgb(mask))
+        self._clips = [None if s is None else (s, to, _length(s)) for s, to in zip(sources, sizes)]
+        self.length = _length(pose)
+
+    def frames(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray | None]:
+        """Frames start to stop of pose (T, H, W, 3), face (T, S, S, 3), background and mask (T, H, W); None for those
+        that were not given."""
+        pose, face, background, mask = (c and _part(*c, start, stop) for c in self._clips)
+        assert pose is not None and face is not None
+        return pose, face, background, None if mask is None else luma(mask)
+
+
+def _length(source: Source) -> int:
+    return len(video(source, each=lambda frame: frame[:1, :1]).frames)
+
+
+def _part(source: Source, to: tuple[int, int], length: int, start: int, stop: int) -> np.ndarray:
+    which = reflected(length, start, stop)
+    first = int(which.min())
+    part = video(source, start=first, stop=int(which.max()) + 1, each=lambda frame: media.resize(frame, *to)).frames
+    return part[which - first]
 
 
 def reference(

@@ -183,6 +183,15 @@ class WanAnimation(WanPipeline):
             out.append(str(e))
         return out
 
+    def check(self, **arguments: Any):
+        """See the base class; driving videos that do not go together are refused too (`driving.check`)."""
+        super().check(**arguments)
+        height, width = self.size(arguments.get("height"), arguments.get("width"))
+        side = self.parts.configs["transformer"].face_size
+        videos = [arguments.get(n) for n in VIDEOS]
+        if found := driving.check(*videos, height=height, width=width, face_size=side).problems:
+            raise ValueError("; ".join(found))
+
     def usual_stages(self) -> list[Stage]:
         """See the base class."""
         return [TEXT, *stages()]
@@ -199,7 +208,7 @@ class WanAnimation(WanPipeline):
         scale = or_(a["guidance"], self.plan.guidance)
         table = self.table(or_(a["steps"], self.plan.steps), shift=a["shift"], solver=a["solver"])
         side, vae = self.parts.configs["transformer"].face_size, self.parts.configs["vae"]
-        clips = driving.read(*(a[n] for n in VIDEOS), height=height, width=width, face_size=side)
+        clips = driving.Streams(*(a[n] for n in VIDEOS), height=height, width=width, face_size=side)
         plan, guided = self.segments(a, clips.length), scale > 1
         prompt = self._prompt(prompt, a, guided, timings)
         count = prompt.positive.states.shape[0] * a["num_outputs"]
