@@ -21,6 +21,10 @@ from jdit.structs import Plan
 log = logging.getLogger("jdit")
 
 
+OTHERS = {"process_checkpoint", "relighting_lora"}
+"""Folders of original releases that hold other models: those which prepare driving videos, additions."""
+
+
 @dataclasses.dataclass
 class Part:
     """One component: what it is and where its tensors are.
@@ -237,7 +241,7 @@ def _beside(folder: Path, family: str, found: dict[str, Part]) -> dict[str, Toke
 
 
 def _open_original(layout: Layout, elsewhere: set[str]):
-    folders = sorted({f.parent for f in layout.files})
+    folders = sorted({f.parent for f in layout.files if not OTHERS & set(f.relative_to(layout.path).parts)})
     family, found = _from_readers([r for folder in folders for r in open_sets(folder)], layout.path)
     return family, found, _beside(layout.path, family, found), {}
 

@@ -10,17 +10,17 @@ from click.testing import CliRunner
 from safetensors.numpy import save_file
 from test_wan_pipeline import LARGE, NEGATIVE, PICTURES, PROMPTS, SHAPE, SIZE
 from util_sd3 import error, noise
-from util_wan_pipeline import KINDS, channels_last, pipeline
+from util_wan_pipeline import KINDS, channels_last, original_names, pipeline
 
 import jdit
-from convert import autoencoder_kl_wan, t5, wan, write
+from convert import autoencoder_kl_wan, t5, wan
 from convert.convert import convert
 from jdit.cli import main
 from jdit.load import open_model
 from jdit.nn.vae.autoencoder_kl_wan_config import MEAN_21, MEAN_22, STD_21, STD_22
 from jdit.pipeline import memory
 from jdit.preprocess import ImageProcessor
-from jdit.sharding import dotted, leaves, make_mesh
+from jdit.sharding import leaves, make_mesh
 
 pytestmark = pytest.mark.torch
 
@@ -262,11 +262,6 @@ def test_converted_and_back(folders, tmp_path, kind):
         for name, module in want.components.items():
             ours = leaves(got.components[name])
             assert all(np.array_equal(ours[path], value) for path, value in leaves(module).items()), name
-
-
-def original_names(module, rules, prefix: str = "") -> dict[str, np.ndarray]:
-    tensors = {dotted(p): np.asarray(v) for p, v in leaves(module).items()}
-    return {prefix + t.key: t.load().copy() for t in write.outputs(tensors, rules)}
 
 
 def originals(pipe) -> dict[str, dict[str, np.ndarray]]:

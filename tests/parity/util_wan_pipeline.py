@@ -11,6 +11,9 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanImageToVideo
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 from util_sd3 import t5_tokenizer
 
+from convert import write
+from jdit.sharding import dotted, leaves
+
 Z = 4
 VAE_21: dict[str, Any] = dict(
     base_dim=4, z_dim=Z, dim_mult=[1, 2, 2, 2], num_res_blocks=1, latents_mean=[0.3, -0.2, 0.1, -0.5],
@@ -74,3 +77,8 @@ def pipeline(folder: Path, kind: str, *, shift: float = 3.0, **kw) -> WanPipelin
 
 def channels_last(x: torch.Tensor) -> np.ndarray:
     return np.moveaxis(x.detach().float().numpy(), 1, -1)
+
+
+def original_names(module, rules, prefix: str = "") -> dict[str, np.ndarray]:
+    tensors = {dotted(p): np.asarray(v) for p, v in leaves(module).items()}
+    return {prefix + t.key: t.load().copy() for t in write.outputs(tensors, rules)}
