@@ -136,6 +136,7 @@ class WanAnimate(WanTrunk):
             rest = slice(1, None)
             return layers.scan_blocks(at(rest, blocks), h, at(rest, context), call=block)
 
+        # a group's inner scan works on a copy of its layers: temporaries grow by group - 1 of them (XLA on CPU)
         blocks, context = layers.groups((self.blocks, context), cfg.group)
         h = layers.scan_blocks((blocks, self.adapters), h + pose, (context, face), call=group)
         return self.head(h, modulation.final, grid)
