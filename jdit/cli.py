@@ -147,6 +147,9 @@ def models():
 
 
 def _makes(plan: Any) -> str:
+    if plan.segment_frames is not None:
+        what = f"segments of {plan.segment_frames} frames"
+        return f"{what}, {plan.width} x {plan.height}, {plan.fps:g} fps"
     if plan.num_frames is None:
         return "pictures"
     return f"{plan.num_frames} frames, {plan.width} x {plan.height}, {plan.fps:g} fps"

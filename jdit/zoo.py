@@ -131,7 +131,7 @@ _WAN_ANIMATE = {  # shift, steps, guidance and rate of the original release (wan
             "transformer": WanAnimateConfig(image_keys=True), "vae": AutoencoderKLWanConfig(), "text_encoder": _UMT5,
             **_VISION,
         },
-        _unipc(5.0), Plan(steps=20, guidance=1.0, max_text_tokens=512, fps=30.0, **_720P),
+        _unipc(5.0), PLANS["wan-animate"],
         "Wan-AI/Wan2.2-Animate-14B-Diffusers", "Wan 2.2 Animate: a character moved by a pose and a face video, 17B",
     ),
 }  # fmt: skip
