@@ -101,7 +101,7 @@ def run(
         (all values, seconds a stage; a replayed stage has `name[i]` for each replay).
     """
     values, timings = dict(values), {}
-    for n, block in _blocks(stages):
+    for n, block in blocks(stages):
         if block[0].repeats is None:
             values |= _timed(block[0], weights, values, timings, on_stage)
         elif scanned:
@@ -126,7 +126,7 @@ def stream(
     Yields:
         (the values named by `results`, seconds a stage since the replay before).
     """
-    (n, block), values, timings = _blocks(stages)[-1], dict(values), {}
+    (n, block), values, timings = blocks(stages)[-1], dict(values), {}
     values, timings = run(stages[: n - len(block)], weights, values)
     try:
         for _, result, spent in _replays(block, weights, values, tuple(results), {}, None):
@@ -253,7 +253,7 @@ def _timed(
     return out
 
 
-def _blocks(stages: Sequence[Stage]) -> list[tuple[int, list[Stage]]]:
+def blocks(stages: Sequence[Stage]) -> list[tuple[int, list[Stage]]]:
     """Neighbouring stages that repeat one list stay together; each block with the number of stages up to its end."""
     out: list[tuple[int, list[Stage]]] = []
     for n, stage in enumerate(stages, 1):

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import jax
 
-from jdit.pipeline.executor import Stage
+from jdit.pipeline.executor import Stage, blocks
 
 
 class Resident(NamedTuple):
@@ -65,9 +65,10 @@ def follow(stages: Sequence[Stage], sizes: Mapping[str, int], waiting: Collectio
     """What is resident in each stage as the executor runs them: see `executor.Weights`."""
     here = {name for name in sizes if name not in waiting}
     out = []
-    for n, stage in enumerate(stages, 1):
-        here |= set(stage.weights) & set(sizes)
-        out.append(Resident(stage.name, tuple(c for c in sizes if c in here), sum(sizes[c] for c in here)))
+    for n, block in blocks(stages):
+        here |= {w for stage in block for w in stage.weights} & set(sizes)
+        held = tuple(c for c in sizes if c in here)
+        out += [Resident(stage.name, held, sum(sizes[c] for c in here)) for stage in block]
         here -= set(waiting) - {w for later in stages[n:] for w in later.weights}
     return tuple(out)
 

@@ -5,7 +5,6 @@ B outputs, P prompts, S latent frames, h w latent rows and columns, C latent cha
 
 import dataclasses
 import functools
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -259,18 +258,6 @@ class WanVideo(WanPipeline):
         """See the base class."""
         experts = (ALONE,) if self.boundary is None else (HIGH, LOW)
         return [TEXT, *stages(tokens=self._tokens, picture=self.picture, experts=experts, pixels=True)]
-
-    def activations(self) -> float:
-        """See the base class; fitted to what 1.3B, 14B and the autoencoder took at 81 x 480 x 832 in bfloat16
-        (benchmarks/wan_h200.md)."""
-        cfg, vae = self.parts.configs["transformer"], self.parts.configs["vae"]
-        (height, width), frames = self.size(), self.plan.num_frames or 81
-        frames = (frames - 1) // vae.time_factor + 1
-        tokens = frames * height * width // vae.space_factor**2 // math.prod(cfg.patch)
-        rows = 2 if self.plan.guidance > 1 else 1
-        context = 4 * cfg.layers * self.plan.max_text_tokens * cfg.width
-        pixels = height * width // (vae.patch or 1) ** 2
-        return max(rows * (28 * tokens * cfg.width + context), 110 * pixels * (vae.decoder_width or vae.width))
 
     def table(self, steps: int, *, shift=None, solver=None) -> sampling.Table:
         """The solver's table of a run."""

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jdit import driving, media, sampling
+from jdit import colour, driving, media, sampling
 from jdit.nn.vae.autoencoder_kl_wan import AutoencoderKLWan
 from jdit.nn.vae.autoencoder_kl_wan_config import AutoencoderKLWanConfig
 from jdit.nn.vae.tiling import Tiles
@@ -78,7 +78,7 @@ def decode(vae: AutoencoderKLWan, latents, tail: Tail, colour, kind: str, tiling
     frames = vae.decode(vae.denormalise(latents[:, 1:]), tiles=Tiles() if tiling else None)
     overlap = tail.frames.shape[1]
     if colour is not None:
-        matched = match(frames, frames[:, :overlap], tail.frames, colour)
+        matched = colour.match(frames, frames[:, :overlap], tail.frames, colour)
         frames = jnp.where(tail.empty, frames, matched)
     return latents, Tail(frames[:, -overlap:], jnp.array(False)), calls.to_pixels(frames, kind)
 
