@@ -2,10 +2,10 @@
 
     python benchmarks/colour_drift.py                # a minute on two cores
 
-Stripes and discs of several colours move, so that a segment's statistics differ from its neighbours'. A generator stands
-for the network: it continues from the last frame of the segment before, with that frame's colours, and shifts them by a
-small gain and offset of its own each time, those of the frame that it repeats too. 32 segments of 21 frames, 1 of them
-overlap; 8 seeds. `matched` holds the segment's overlap to the frame that it repeats, `to the first segment`
+Stripes and discs of several colours move, so that a segment's statistics differ from its neighbours'. A generator
+stands for the network: it continues from the last frame of the segment before, with that frame's colours, and shifts
+them by a small gain and offset of its own each time, those of the frame that it repeats too. 32 segments of 21 frames,
+1 of them overlap; 8 seeds. `matched` holds the segment's overlap to the frame that it repeats, `to the first segment`
 holds whole segments to the statistics of the first.
 
 What is shown: the colour error, root mean square of (video - scene) in levels of 255, of segments 2, 8 and 32.
