@@ -1,4 +1,4 @@
-"""The command line: generate, convert, inspect, models, train. Heavy imports wait until a command needs them."""
+"""The command line: generate, pose, check, convert, inspect, models, train. Heavy imports wait for who needs them."""
 
 import json
 import sys
@@ -9,6 +9,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from jdit.cli_driving import check, pose
 from jdit.cli_generate import generate
 from jdit.terminal import USER, Group, compilation_cache, import_jax, parts_of, progress_bar, say, setup
 
@@ -39,6 +40,8 @@ def main(verbose: bool):
 
 
 main.add_command(generate)
+main.add_command(pose)
+main.add_command(check)
 
 
 @main.command(epilog=EXAMPLES["convert"])

@@ -14,7 +14,7 @@ def error(result) -> str:
     return " ".join((result.output + result.stderr).split())
 
 
-@pytest.mark.parametrize("command", ["generate", "convert", "inspect", "models", "train"])
+@pytest.mark.parametrize("command", ["generate", "pose", "check", "convert", "inspect", "models", "train"])
 def test_help_has_examples(command):
     result = run(command, "--help")
     assert result.exit_code == 0
