@@ -42,7 +42,7 @@ def test_full_size(pipe):
         "positive": Text(array(1, 512, 4096)), "negative": Text(array(1, 512, 4096)), "table": table,
         "image": uint8(1, height, width, 3), "pictures": array(1, 224, 224, 3), "outputs": 1, "length": 77,
         "guidance": jnp.float32(2), "steps": 20, "report": False, "output": "uint8", "vae_tiling": False,
-        "colour": jnp.float32(1), "tail": Tail(array(1, 1, height, width, 3), array(dtype=jnp.bool_)),
+        "hold": jnp.float32(1), "tail": Tail(array(1, 1, height, width, 3), array(dtype=jnp.bool_)),
         "segment": segment,
     }  # fmt: skip
     made = check_wiring(wan_animate.stages(), modules, values)

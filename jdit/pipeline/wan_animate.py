@@ -73,12 +73,12 @@ def denoise(
     return sampling.run(model, state, table, key=segment.keys, per_step=modulation, on_step=told, total=steps).x
 
 
-def decode(vae: AutoencoderKLWan, latents, tail: Tail, colour, kind: str, tiling: bool):
+def decode(vae: AutoencoderKLWan, latents, tail: Tail, hold, kind: str, tiling: bool):
     """Latents to the segment's frames, and what the next one begins with."""
     frames = vae.decode(vae.denormalise(latents[:, 1:]), tiles=Tiles() if tiling else None)
     overlap = tail.frames.shape[1]
-    if colour is not None:
-        matched = colour.match(frames, frames[:, :overlap], tail.frames, colour)
+    if hold is not None:
+        matched = colour.match(frames, frames[:, :overlap], tail.frames, hold)
         frames = jnp.where(tail.empty, frames, matched)
     return latents, Tail(frames[:, -overlap:], jnp.array(False)), calls.to_pixels(frames, kind)
 
@@ -94,7 +94,7 @@ def stages(*, pixels: bool = True) -> list[Stage]:
         Stage("encode_face", encode_face, ("transformer",), (SEGMENT,), ("face",), (), SEGMENT),
         Stage("denoise", denoise, ("transformer",), (SEGMENT, "channels", "pose", *shared), ("latents",), shared[-2:],
               SEGMENT),
-        Stage("decode", decode, ("vae",), ("latents", "tail", "colour", "output", *tiling),
+        Stage("decode", decode, ("vae",), ("latents", "tail", "hold", "output", *tiling),
               ("latents", "tail", "pixels"), ("output", *tiling), SEGMENT),
     ]  # fmt: skip
     return [
@@ -215,8 +215,13 @@ class WanAnimation(WanPipeline):
         latent = ((plan.length - 1) // vae.time_factor + 2, height // vae.space_factor, width // vae.space_factor)
         noise = segmented.noise(a, plan, (count, *latent, vae.latent_channels))
         keys = segmented.solver_keys(a, count, table.stochastic)
-        make = lambda i: Segment(*clips.frames(*plan.span(i)), noise(i), keys(i))
-        colour = a.get("colour_match")
+
+        def make(i: int) -> Segment:
+            put: Any = lambda x: None if x is None else jnp.asarray(x)
+            pose, face, background, mask = map(put, clips.frames(*plan.span(i)))
+            return Segment(pose, face, background, mask, noise(i), keys(i))
+
+        hold = a.get("colour_match")
         tail = jnp.zeros((count, plan.overlap, height, width, 3))
         return {
             "positive": prompt.positive, "negative": prompt.negative if guided else None, "table": table,
@@ -224,7 +229,7 @@ class WanAnimation(WanPipeline):
             "pictures": jnp.asarray(self.processor(media.picture(a["image"]))), "outputs": count,
             "length": plan.length, "guidance": jnp.float32(scale) if guided else None, "steps": table.steps,
             "report": a["on_step"] is not None, "output": a["output"], "vae_tiling": bool(a.get("vae_tiling")),
-            "colour": jnp.float32(colour) if colour else None, "tail": Tail(tail, jnp.array(True)), "plan": plan,
+            "hold": jnp.float32(hold) if hold else None, "tail": Tail(tail, jnp.array(True)), "plan": plan,
             "make": make,
         }  # fmt: skip
 
