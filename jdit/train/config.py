@@ -25,6 +25,8 @@ class Data:
         backgrounds: coloured backgrounds a picture (of those in jdit.train.colour), the plain one not counted.
         held_out: file of "colour noun" lines that are never trained, beside the config or a path; "" for none.
         empty: share of empty captions (guidance dropout).
+        balance: 0 draws clips evenly, 1 the groups that the metadata name (video stages); between, a group of n clips
+            has n ** (1 - balance) shares.
     """
 
     folder: str = ""
@@ -36,6 +38,7 @@ class Data:
     backgrounds: int = 9
     held_out: str = ""
     empty: float = 0.1
+    balance: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +73,7 @@ class Run:
         chunk: steps a dispatch; the host looks in between. log, save, sheet: seconds from one to the next.
         devices: 0 takes all. attention: backend to try first (jdit.nn.attention).
         remat: "dots" recomputes all but products in the backward pass, "none" keeps everything.
+        portable: keep a small copy of the last checkpoint too, see `jdit.train.portable`.
         prompts, guidance, sheet_steps: of the sample sheets. evaluate: captions that are generated to measure recall.
     """
 
@@ -86,6 +90,7 @@ class Run:
     devices: int = 0
     attention: str = ""
     remat: str = "none"
+    portable: bool = False
     prompts: tuple[str, ...] = ()
     guidance: float = 4.0
     sheet_steps: int = 20
@@ -228,6 +233,8 @@ def _check(c: Config) -> list[str]:
     for name in ("batch", "size", "frames"):
         if getattr(c.data, name) < 1:
             problems.append(f"data.{name} must be at least 1")
+    if not 0 <= c.data.balance <= 1:
+        problems.append(f"data.balance = {c.data.balance}: from 0 (clips evenly) to 1 (groups evenly)")
     if c.run.chunk < 1:
         problems.append("run.chunk must be at least 1")
     return problems

@@ -59,8 +59,10 @@ class VideoFlowTask:
         configs = {"transformer": self._wan(text.width), "text_encoder": text}
         self.nets = {name: Net(NETS[name], c, cfg.run.dtype) for name, c in configs.items()}
         self.examples = cfg.data.batch
-        self.data: Any = {"latents": self._latents(), "of": self.texts.of, "text": self.tokens(self.texts.texts)}
-        self.data = everywhere(self.data)
+        self.data: Any = everywhere({
+            "latents": self._latents(), "of": self.texts.of, "text": self.tokens(self.texts.texts),
+            "shares": clips.shares(self.train.items, cfg.data.balance),
+        })  # fmt: skip
         shape = self.data["latents"].shape[1:]
         self.sampler = Sampler(self._predict, shape, self.vae, self.vae_weights, cfg.run.sheet_steps)
         log.info("%d clips, %d captions, %d pieces", *self.texts.of.shape[:1], len(self.texts.texts), text.vocab_size)
@@ -126,7 +128,7 @@ class VideoFlowTask:
     def loss(self, params: Weights, data, key):
         n, rules = self.examples, Rules()
         keys = jax.random.split(key, 5)
-        clip = shard(jax.random.randint(keys[0], (n,), 0, len(data["of"])), "batch", rules=rules)
+        clip = shard(clips.draw(keys[0], n, len(data["of"]), data["shares"]), "batch", rules=rules)
         caption = data["of"][clip, jax.random.randint(keys[1], (n,), 0, data["of"].shape[1])]
         caption = jnp.where(jax.random.bernoulli(keys[2], self.cfg.data.empty, (n,)), 0, caption)
         x0 = shard(data["latents"][clip], "batch", None, None, None, None, rules=rules).astype(jnp.float32)
