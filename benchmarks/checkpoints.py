@@ -65,7 +65,7 @@ def generate(folder: Path, scale: str) -> None:
         tensors = [Random(t.key, t.shape, bf16, t.nbytes) for t in write.outputs(leaves, component.rules(cfg), bf16)]
         plans[name] = component, cfg, sorted(tensors, key=lambda t: layers_first(t.key))
         upstream = family.components[name]
-        index[name] = [registry.LIBRARY[upstream], upstream]
+        index[name] = [registry.COMPONENTS[upstream].library, upstream]
     largest = max(t.nbytes // 2 for _, _, tensors in plans.values() for t in tensors)
     values = np.random.default_rng(0).standard_normal(2 * largest, np.float32).astype(bf16)
     for name, (component, cfg, tensors) in plans.items():

@@ -20,6 +20,7 @@ class Component(NamedTuple):
         config: upstream config.json -> our config.
         upstream_config: our config -> upstream config.json.
         rules: our config -> the family's table.
+        library: upstream's package that has the class.
     """
 
     upstream_class: str
@@ -27,6 +28,7 @@ class Component(NamedTuple):
     config: Callable[[dict], Any]
     upstream_config: Callable[[Any], dict]
     rules: Callable[[Any], list[Rule]]
+    library: str = "diffusers"
 
     def make(self, cfg: Any) -> Callable[[], nnx.Module]:
         """A constructor for `sharding.abstract` and `assemble`."""

@@ -206,7 +206,7 @@ def _back(path: Path, dst: Path, to: str, dtype, only: set[str], overwrite: bool
             if n not in configs:
                 index[n] = [None, None]
                 continue
-            component, library = registry.of_config(configs[n]), registry.LIBRARY[upstream_class]
+            component, library = registry.of_config(configs[n]), registry.COMPONENTS[upstream_class].library
             stem = "model" if library == "transformers" else "diffusion_pytorch_model"
             tell = (lambda key, n=n: progress(f"write {n}", 0, 1)) if progress else None
             config = component.upstream_config(configs[n])
@@ -261,7 +261,7 @@ def _check_back(written: Source, stored: Mapping[str, Mapping[str, checkpoint.St
 
 
 def _to_original(meta, configs, stored, dst: Path, dtype, overwrite: bool, check: bool, progress) -> str:
-    originals = registry.ORIGINALS[meta["family"]]
+    originals = registry.FAMILIES[meta["family"]].originals
     if dst.suffix != ".safetensors":
         raise ConversionError(f"{dst}: --to original writes one file; its name must end in .safetensors")
     if dst.exists() and not overwrite:

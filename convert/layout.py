@@ -125,6 +125,12 @@ def _any(template: str, keys: Sequence[str]) -> bool:
     return any(pattern.fullmatch(key) for key in keys)
 
 
+def fits(signature: Signature, reader: Reader) -> bool:
+    """Whether a file holds what a signature tells of."""
+    keys = [k[len(signature.prefix) :] for k in reader.tensors if k.startswith(signature.prefix)]
+    return all(_any(t, keys) for t in signature.has) and not any(_any(t, keys) for t in signature.lacks)
+
+
 def recognise(
     reader: Reader, signatures: Sequence[Signature], ignore: Sequence[str] = ()
 ) -> dict[str, tuple[Signature, Reader]]:
@@ -145,8 +151,7 @@ def recognise(
     for signature in signatures:
         if signature.component in found:
             continue
-        keys = [k[len(signature.prefix) :] for k in reader.tensors if k.startswith(signature.prefix)]
-        if all(_any(t, keys) for t in signature.has) and not any(_any(t, keys) for t in signature.lacks):
+        if fits(signature, reader):
             part = reader.sub(signature.prefix) if signature.prefix else reader
             found[signature.component] = (signature, part)
     if not found:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from convert import registry, tokenizers
+from convert.family import Original
 from convert.hub import resolve
-from convert.layout import Layout, components, detect, read_json, recognise
+from convert.layout import Layout, components, detect, fits, read_json, recognise
 from convert.readers import Reader, Tensor, open_folder, open_sets, open_weights
 from convert.table import ConversionError, Rule, summary
 from jdit import zoo
@@ -18,14 +19,6 @@ from jdit.pipeline.families import PIPELINES
 from jdit.structs import Plan
 
 log = logging.getLogger("jdit")
-
-BESIDE = {  # where the files of a release that are not in its main file lie beside it
-    "text_encoder": ("clip_l.safetensors",), "text_encoder_2": ("clip_g.safetensors",),
-    "text_encoder_3": ("t5xxl_fp16.safetensors", "t5xxl.safetensors", "t5xxl_fp8_e4m3fn.safetensors",
-                       "t5xxl_fp8_e4m3fn_scaled.safetensors"),
-}  # fmt: skip
-TOKENIZERS_BESIDE = {"tokenizer": ("google/umt5-xxl",)}
-"""Folders of original releases that hold a tokenizer under another name."""
 
 
 @dataclasses.dataclass
@@ -170,7 +163,7 @@ def _open_component(layout: Layout, elsewhere: set[str]):
         for part, upstream_class in known.components.items():
             if upstream_class == name:
                 return family, {part: _component(layout.path, upstream_class)}, {}, {}
-        for part, original in registry.ORIGINALS[family].items():
+        for part, original in known.originals.items():
             if name and name == original.release:
                 return family, {part: _original(family, part, open_folder(layout.path))}, {}, {}
     raise ConversionError(
@@ -178,7 +171,7 @@ def _open_component(layout: Layout, elsewhere: set[str]):
     )
 
 
-def _release(original: registry.Original, reader: Reader) -> dict[str, Any]:
+def _release(original: Original, reader: Reader) -> dict[str, Any]:
     """What config.json beside the weights adds to their shapes, as keywords of `original.config`."""
     place = reader.files[0].parent / "config.json"
     if original.release is None or not place.is_file():
@@ -188,7 +181,7 @@ def _release(original: registry.Original, reader: Reader) -> dict[str, Any]:
 
 
 def _original(family: str, name: str, reader: Reader) -> Part:
-    original = registry.ORIGINALS[family][name]
+    original = registry.FAMILIES[family].originals[name]
     try:
         if original.implied is not None:
             shapes = reader.keys()
@@ -203,15 +196,25 @@ def _original(family: str, name: str, reader: Reader) -> Part:
 
 def _from_readers(readers: Sequence[Reader], path: Path):
     found: dict[str, Part] = {}
-    family = ""
+    family = _family(readers)
     for reader in readers:
-        for name, (signature, part) in recognise(reader, registry.SIGNATURES, registry.IGNORED_PREFIXES).items():
-            name = registry.EXPERTS.get(reader.files[0].parent.name, name) if name == "transformer" else name
+        for name, (signature, part) in recognise(
+            reader, registry.signatures(family), registry.IGNORED_PREFIXES
+        ).items():
+            family = signature.family
+            folders = registry.FAMILIES[family].folders
+            name = folders.get(reader.files[0].parent.name, name) if name == "transformer" else name
             if name in found:
                 raise ConversionError(f"{reader.name}: a second {name}; {found[name].reader.name} has one")
-            family = signature.family
             found[name] = _original(family, name, part)
+    assert family is not None  # recognise raises where nothing is found
     return family, found
+
+
+def _family(readers: Sequence[Reader]) -> str | None:
+    """The family of the transformer, which decides whose the encoders beside it are; None where there is none."""
+    known = [s for s in registry.signatures() if s.component == "transformer"]
+    return next((s.family for s in known for reader in readers if fits(s, reader)), None)
 
 
 def _open_file(layout: Layout, elsewhere: set[str]):
@@ -222,12 +225,13 @@ def _open_file(layout: Layout, elsewhere: set[str]):
 
 def _beside(folder: Path, family: str, found: dict[str, Part]) -> dict[str, Tokenizer]:
     """Fill in what lies beside a single file: text_encoders/clip_l.safetensors and its kin, tokenizer folders."""
-    for name, files in BESIDE.items():
+    known = registry.FAMILIES[family]
+    for name, files in known.beside.items():
         for file in (folder / sub / f for f in files for sub in ("text_encoders", ".")):
             if name not in found and "transformer" in found and file.is_file():
                 log.info("%s is taken from %s", name, file)
                 found[name] = _original(family, name, open_weights(file))
-    places = {n: (n, *TOKENIZERS_BESIDE.get(n, ())) for n in registry.FAMILIES[family].tokenizers}
+    places = {n: (n, *known.tokenizers_beside.get(n, ())) for n in known.tokenizers}
     there = {n: next((folder / p for p in ps if (folder / p).is_dir()), None) for n, ps in places.items()}
     return {n: tokenizers.load(place) for n, place in there.items() if place}
 
@@ -244,8 +248,8 @@ def _replacement(family: str, name: str, place: Path) -> Part:
         return _component(layout.path, registry.FAMILIES[family].components[name])
     if layout.kind == "file":
         reader = open_weights(layout.path)
-        split = recognise(reader, registry.SIGNATURES, registry.IGNORED_PREFIXES)
-        known = registry.ORIGINALS[family]
+        split = recognise(reader, registry.signatures(family), registry.IGNORED_PREFIXES)
+        known = registry.FAMILIES[family].originals
         like = [n for n in split if n == name or (n in known and known[n] is known.get(name))]
         if not like:
             raise ConversionError(f"{place}: holds {sorted(split)}, not {name}")

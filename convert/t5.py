@@ -24,6 +24,9 @@ ALIASES = {"d_model": "hidden_size", "num_heads": "num_attention_heads", "num_la
            "d_kv": "head_dim"}  # fmt: skip
 """Second names of keys (transformers' attribute_map)."""
 UMT5 = "UMT5EncoderModel"
+KEYS = ("encoder.block.{i}.layer.0.SelfAttention.q.weight",)
+SECOND_BIAS = "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"
+"""Keys that tell transformers' naming, and UMT5 (a bias in every layer) from T5."""
 
 
 def config(

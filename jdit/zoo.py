@@ -14,6 +14,8 @@ from jdit.nn.vae.autoencoder_kl_wan import AutoencoderKLWan
 from jdit.nn.vae.autoencoder_kl_wan_config import MEAN_22, STD_22, AutoencoderKLWanConfig
 from jdit.nn.vision.clip import CLIPVision, CLIPVisionConfig
 from jdit.nn.wan import Wan, WanConfig
+from jdit.nn.wan_animate import WanAnimate
+from jdit.nn.wan_animate_config import WanAnimateConfig
 from jdit.structs import Plan
 
 
@@ -37,6 +39,7 @@ MODULES: dict[type, type[nnx.Module]] = {
     T5Config: T5,
     CLIPVisionConfig: CLIPVision,
     WanConfig: Wan,
+    WanAnimateConfig: WanAnimate,
 }
 
 _FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}

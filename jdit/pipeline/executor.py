@@ -1,13 +1,17 @@
 """Runs a list of stages: pure functions of weights and values, compiled, timed, and replayed a segment where marked."""
 
+import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
+
+from jdit.sampling import segments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,9 +23,10 @@ class Stage:
         fn: (*modules, *values) -> a tuple of the written values (the value itself where there is one).
         weights: names of the components it needs. reads, writes: names of values.
         static: those of `reads` that are hashable settings and part of the jit key.
-        repeats: the name of a list of values; the stage is replayed for each, together with its neighbours that repeat
-            the same list, `repeats` then naming the item. What they write is kept from one replay to the next, and the
-            last stage's writes are collected into lists.
+        repeats: the name of an iterable of values; the stage is replayed for each, together with its neighbours that
+            repeat the same, `repeats` then naming the item. What they write is handed to the next replay if it was
+            there before the first; what later stages read is collected, an entry a replay.
+        host: not compiled: it is called with what is there, which may be NumPy arrays, lists or iterators.
     """
 
     name: str
@@ -31,6 +36,7 @@ class Stage:
     writes: tuple[str, ...] = ()
     static: tuple[str, ...] = ()
     repeats: str | None = None
+    host: bool = False
 
 
 def compiler_options() -> dict[str, bool] | None:
@@ -71,41 +77,175 @@ class Weights:
             self.resident.pop(name, None)
 
 
+Listener = Callable[[str], None]
+Timings = dict[str, float]
+
+
 def run(
     stages: Sequence[Stage],
     weights: Weights,
-    values: dict[str, Any],
+    values: Mapping[str, Any],
     *,
-    on_stage: Callable[[str], None] | None = None,
-) -> tuple[dict[str, Any], dict[str, float]]:
+    on_stage: Listener | None = None,
+    scanned: bool = False,
+) -> tuple[dict[str, Any], Timings]:
     """Run the stages in order.
 
     Args:
         values: what the first stages read; not changed.
-        on_stage: called with a stage's name before it starts.
+        on_stage: called with a stage's name when it is done.
+        scanned: replay repeated stages inside one program, by `lax.scan` over the items; their results are then arrays
+            with a leading axis in the place of lists.
 
     Returns:
         (all values, seconds a stage; a replayed stage has `name[i]` for each replay).
     """
     values, timings = dict(values), {}
     for n, block in _blocks(stages):
-        items = values[block[0].repeats] if block[0].repeats else [None]
-        collected: dict[str, list] = {}
-        for i, item in enumerate(items):
-            if block[0].repeats:
-                values[block[0].repeats] = item
-            for stage in block:
-                label = f"{stage.name}[{i}]" if stage.repeats else stage.name
-                if on_stage:
-                    on_stage(label)
-                start = time.perf_counter()
-                values |= _call(stage, weights, values)
-                timings[label] = time.perf_counter() - start
-            for name in block[-1].writes if block[0].repeats else ():
-                collected.setdefault(name, []).append(values[name])
-        values |= collected
+        if block[0].repeats is None:
+            values |= _timed(block[0], weights, values, timings, on_stage)
+        elif scanned:
+            values |= _scan(block, weights, values, _results(block, stages[n:]), timings, on_stage)
+        else:
+            results = _results(block, stages[n:])
+            kept: dict[str, list] = {name: [] for name in results}
+            for carry, result, _ in _replays(block, weights, values, results, timings, on_stage):
+                values |= carry
+                for name in results:
+                    kept[name].append(result[name])
+            values |= kept
         weights.release({w for s in stages[n:] for w in s.weights})
     return values, timings
+
+
+def stream(
+    stages: Sequence[Stage], weights: Weights, values: Mapping[str, Any], results: Sequence[str]
+) -> Iterator[tuple[dict[str, Any], Timings]]:
+    """Run the stages, of which the last repeat, and yield after each replay.
+
+    Yields:
+        (the values named by `results`, seconds a stage since the replay before).
+    """
+    (n, block), values, timings = _blocks(stages)[-1], dict(values), {}
+    values, timings = run(stages[: n - len(block)], weights, values)
+    try:
+        for _, result, spent in _replays(block, weights, values, tuple(results), {}, None):
+            yield result, timings | spent
+            timings = {}
+    finally:
+        weights.release(set())
+
+
+def _replays(
+    block: Sequence[Stage], weights: Weights, values: Mapping[str, Any], results: Sequence[str], timings: Timings,
+    on_stage: Listener | None,
+) -> Iterator[tuple[dict[str, Any], dict[str, Any], Timings]]:  # fmt: skip
+    """(carry, results, seconds a stage) of each replay; `timings` gets them too."""
+    spent: Timings = {}
+    number = -1
+
+    def play(stage: Stage, known: Mapping[str, Any]) -> dict[str, Any]:
+        return _timed(stage, weights, known, spent, on_stage, f"[{number}]")
+
+    def segment(carry: dict[str, Any], item: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        nonlocal number
+        number += 1
+        spent.clear()
+        return _segment(block, values, results, play)(carry, item)
+
+    for carry, result in segments.stream(segment, _carried(block, values), values[str(block[0].repeats)]):
+        timings |= spent
+        yield carry, result, dict(spent)
+
+
+def _segment(block: Sequence[Stage], values: Mapping[str, Any], results: Sequence[str], play: Callable):
+    """The stages of a block as one function (carry, item) -> (carry, results); `play(stage, values)` runs a stage."""
+
+    def segment(carry: dict[str, Any], item: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        known = {**values, **carry, str(block[0].repeats): item}
+        for stage in block:
+            known |= play(stage, known)
+        return {name: known[name] for name in carry}, {name: known[name] for name in results}
+
+    return segment
+
+
+def _carried(block: Sequence[Stage], values: Mapping[str, Any]) -> dict[str, Any]:
+    """What a replay hands to the next: that which is there before the first and written in each."""
+    return {name: values[name] for stage in block for name in stage.writes if name in values}
+
+
+def _results(block: Sequence[Stage], later: Sequence[Stage]) -> tuple[str, ...]:
+    """What is collected of each replay: that which later stages read; where none does, what the last stage writes."""
+    written, read = [n for s in block for n in s.writes], {n for s in later for n in s.reads}
+    return tuple(n for n in dict.fromkeys(written) if n in read) or block[-1].writes
+
+
+def _scan(
+    block: Sequence[Stage], weights: Weights, values: Mapping[str, Any], results: tuple[str, ...], timings: Timings,
+    on_stage: Listener | None,
+) -> dict[str, Any]:  # fmt: skip
+    """All replays of a block in one program."""
+    item, carry = str(block[0].repeats), _carried(block, values)
+    items = list(values[item])
+    static = {n: values[n] for s in block for n in s.static}
+    given = {n: values[n] for s in block for n in s.reads if n in values and n not in (item, *static, *carry)}
+    modules = {name: weights[name] for s in block for name in s.weights}
+    program = _scan_program(tuple(block), tuple(sorted(static.items())), results)
+    names = [f"{stage.name}[{i}]" for i in range(len(items)) for stage in block]
+    with _marking(lambda i: on_stage(names[i]) if on_stage else None) as marks:
+        begun = time.perf_counter()
+        carry, out = program(modules, given, carry, jax.tree.map(lambda *a: jnp.stack(a), *items))
+        jax.block_until_ready(out)
+    timings |= {name: at - before for name, at, before in zip(names, marks, [begun, *marks])}
+    return carry | out
+
+
+@functools.cache
+def _scan_program(block: tuple[Stage, ...], static: tuple[tuple[str, Any], ...], results: tuple[str, ...]) -> Callable:
+    def program(modules, given, carry, items):
+        def play(stage: Stage, known: Mapping[str, Any]) -> dict[str, Any]:
+            out = stage.fn(*(modules[n] for n in stage.weights), *(known[n] for n in stage.reads))
+            last = jax.tree.leaves(out)[-1]
+            jax.debug.callback(lambda _: _mark(), last[(0,) * last.ndim])  # after the stage, not before
+            return _named(stage, out)
+
+        return segments.scan(_segment(block, given | dict(static), results, play), carry, items)
+
+    return jax.jit(program, compiler_options=compiler_options())
+
+
+_mark: Callable[[], None] = lambda: None
+
+
+@contextlib.contextmanager
+def _marking(tell: Callable[[int], None]) -> Iterator[list[float]]:
+    """While inside, the times at which the stages of a scan end are noted, and their numbers told."""
+    global _mark
+    out: list[float] = []
+
+    def mark():
+        out.append(time.perf_counter())
+        tell(len(out) - 1)
+
+    before, _mark = _mark, mark
+    try:
+        yield out
+        jax.effects_barrier()
+    finally:
+        _mark = before
+
+
+def _timed(
+    stage: Stage, weights: Weights, values: Mapping[str, Any], timings: Timings, on_stage: Listener | None,
+    suffix: str = "",
+) -> dict[str, Any]:  # fmt: skip
+    label, start = stage.name + suffix, time.perf_counter()
+    out = _call(stage, weights, values)
+    timings[label] = time.perf_counter() - start
+    if on_stage:
+        on_stage(label)
+    return out
 
 
 def _blocks(stages: Sequence[Stage]) -> list[tuple[int, list[Stage]]]:
@@ -121,7 +261,8 @@ def _blocks(stages: Sequence[Stage]) -> list[tuple[int, list[Stage]]]:
 
 def _call(stage: Stage, weights: Weights, values: Mapping[str, Any]) -> dict[str, Any]:
     modules = [weights[name] for name in stage.weights]
-    out = compiled(stage.fn, _static(stage))(*modules, *(values[name] for name in stage.reads))
+    fn = stage.fn if stage.host else compiled(stage.fn, _static(stage))
+    out = fn(*modules, *(values[name] for name in stage.reads))
     return _named(stage, jax.block_until_ready(out))
 
 
@@ -133,10 +274,13 @@ def check_wiring(stages: Sequence[Stage], modules: Mapping[str, Any], values: di
     """Run the stages under `jax.eval_shape`: shapes of all values, without weights, at any size.
 
     Args:
-        modules: abstract modules (`nnx.eval_shape`). values: arrays or ShapeDtypeStructs, statics as they are.
+        modules: abstract modules (`nnx.eval_shape`). values: arrays or ShapeDtypeStructs, statics as they are; of
+            repeated stages one item; and what host stages write, which are left out.
     """
     values = dict(values)
     for stage in stages:
+        if stage.host:
+            continue
         settings = {i: values[name] for i, name in enumerate(stage.reads) if name in stage.static}
         dynamic = [values[name] for name in stage.reads if name not in stage.static]
 

@@ -66,31 +66,32 @@ def encode_frames(
 ) -> Float[Array, "1 S h w r+C"]:  # fmt: skip
     """The given frames in a video that is grey elsewhere, as the channels beside the noise: mask, then latents."""
     blank = jnp.zeros((1, frames - 1 - (last is not None), *first.shape[1:]))
-    parts = [_unit(first)[:, None], blank] + ([] if last is None else [_unit(last)[:, None]])
-    z = _encode(vae, jnp.concatenate(parts, 1), tiling)
-    given = mask(frames, vae.cfg.time_factor or 1, last is not None)
-    spread = jnp.broadcast_to(given[None, :, None, None], (*z.shape[:4], given.shape[-1]))
-    return jnp.concatenate([spread, z], -1)
+    parts = [unit(first)[:, None], blank] + ([] if last is None else [unit(last)[:, None]])
+    z = encode_video(vae, jnp.concatenate(parts, 1), tiling)
+    given = np.zeros((1, frames, 1, 1), np.float32)
+    given[:, [0, *([] if last is None else [-1])]] = 1
+    marks = flags(jnp.asarray(given), vae.cfg.time_factor or 1)
+    return jnp.concatenate([jnp.broadcast_to(marks, (*z.shape[:4], marks.shape[-1])), z], -1)
 
 
 def encode_first(vae: AutoencoderKLWan, first: UInt8[Array, "1 H W 3"], tiling: bool) -> Float[Array, "1 1 h w C"]:
     """The latents of the first frame alone."""
-    return _encode(vae, _unit(first)[:, None], tiling)
+    return encode_video(vae, unit(first)[:, None], tiling)
 
 
-def mask(frames: int, r: int, last: bool) -> Float[np.ndarray, "S r"]:
-    """Which frames are given, r flags a latent frame: the first latent frame is one frame, counted r times."""
-    given = np.zeros(frames, np.float32)
-    given[0] = 1
-    given[-1] = max(given[-1], float(last))
-    return np.concatenate([np.repeat(given[:1], r), given[1:]]).reshape(-1, r)
+def flags(given: Float[Array, "B T h w"], r: int) -> Float[Array, "B S h w r"]:
+    """Which pixels of which frames are given, r flags a latent frame: the first latent frame is one frame, counted r
+    times."""
+    whole = jnp.concatenate([jnp.repeat(given[:, :1], r, 1), given[:, 1:]], 1)
+    return jnp.moveaxis(whole.reshape(whole.shape[0], -1, r, *whole.shape[2:]), 2, -1)
 
 
-def _unit(picture: UInt8[Array, "1 H W 3"]) -> Float[Array, "1 H W 3"]:
-    return picture.astype(jnp.float32) / 127.5 - 1
+def unit(pixels: UInt8[Array, "*S"]) -> Float[Array, "*S"]:
+    """uint8 to [-1, 1]."""
+    return pixels.astype(jnp.float32) / 127.5 - 1
 
 
-def _encode(vae: AutoencoderKLWan, video: Float[Array, "1 T H W 3"], tiling: bool) -> Float[Array, "1 S h w C"]:
+def encode_video(vae: AutoencoderKLWan, video: Float[Array, "B T H W 3"], tiling: bool) -> Float[Array, "B S h w C"]:
     """The posterior's mode, normalised."""
     posterior = vae.encode(video, tiles=Tiles() if tiling else None)
     return vae.normalise(posterior.mode().astype(jnp.float32))

@@ -69,7 +69,7 @@ def test_release_folder(encoders, tmp_path):
 @pytest.mark.parametrize("naming", ["transformers", "wan", "inside"])
 def test_files_of_their_own(encoders, tmp_path, name, naming):
     tensors, named, _, _ = encoders[name]
-    prefix = registry.ORIGINALS["wan"][name].prefix
+    prefix = registry.FAMILIES["wan"].originals[name].prefix
     if naming == "wan":
         tensors = named if name == "text_encoder" else {prefix + k: v for k, v in named.items()}
     elif naming == "inside":

@@ -13,7 +13,6 @@ from convert.readers import open_folder
 from jdit import sharding
 from jdit.sharding import Rules
 
-CLASS = "WanTransformer3DModel"
 TINY = dict(
     patch_size=(1, 2, 2), num_attention_heads=4, attention_head_dim=8, in_channels=6, out_channels=5, text_dim=20,
     freq_dim=16, ffn_dim=40, num_layers=3, cross_attn_norm=True, eps=1e-6,
@@ -35,7 +34,12 @@ UPSTREAM_TEXT = 512
 
 
 def transformer(seed: int = 1, **kw) -> WanTransformer3DModel:
-    model = randomise(WanTransformer3DModel(**(TINY | kw)), seed)
+    return random(WanTransformer3DModel(**(TINY | kw)), seed)
+
+
+def random(model, seed: int):
+    """Every parameter random, tables and positions large enough to show."""
+    randomise(model, seed)
     for name, p in model.named_parameters():
         if name.endswith(("scale_shift_table", "pos_embed")):
             p.data = 0.5 * noise(seed + p.numel(), *p.shape)
@@ -49,8 +53,9 @@ def saved(folder: Path, **kw) -> WanTransformer3DModel:
 
 
 def ported(folder: Path, dtype: str = "float32", mesh=None, rules: Rules = Rules()):
-    component = registry.COMPONENTS[CLASS]
-    cfg = component.config(json.loads((folder / "config.json").read_text()))
+    config = json.loads((folder / "config.json").read_text())
+    component = registry.COMPONENTS[config["_class_name"]]
+    cfg = component.config(config)
     cfg = registry.placed(cfg, dtype, rules)
     with open_folder(folder) as reader:
         leaves = stream.load_leaves(reader, component.rules(cfg), component.targets(cfg, mesh, rules))
