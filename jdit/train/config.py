@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 RECIPES = Path(__file__).parent / "recipes"
-STAGES = ("vae", "text", "flow", "video_vae", "video_flow")
+STAGES = ("vae", "text", "flow", "video_vae", "video_flow", "video_animate")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +17,8 @@ class Data:
 
     Attributes:
         folder: pictures with captions, see `jdit.train.data.read`, or clips, see `jdit.train.clips`.
-        size: side of the training pictures, in pixels. frames: of a clip (video stages only).
+        size: side of the training pictures, in pixels. frames: of a clip (video stages only). segment: of those that "video_animate"
+            makes at once; its `frames` are one loop.
         batch: pictures a step, over all devices.
         flip: mirror half of the pictures (autoencoder only; flow training would learn mirrored writing).
         mix: shares of a batch: plain pictures, recoloured, on a coloured background, both. Without transparency and
@@ -32,6 +33,7 @@ class Data:
     folder: str = ""
     size: int = 128
     frames: int = 17
+    segment: int = 17
     batch: int = 256
     flip: bool = False
     mix: tuple[float, ...] = (1.0, 0.0, 0.0, 0.0)
@@ -102,12 +104,14 @@ class Config:
     """One training run.
 
     Attributes:
-        stage: "vae" (autoencoder), "text" (two CLIP text encoders), "flow" (MMDiT), "video_vae" (Wan's autoencoder) or
-            "video_flow" (Wan's transformer and a UMT5 text encoder).
+        stage: "vae" (autoencoder), "text" (two CLIP text encoders), "flow" (MMDiT), "video_vae" (Wan's autoencoder),
+            "video_flow" (Wan's transformer and a UMT5 text encoder) or "video_animate" (Wan-Animate's transformer and
+            a CLIP image encoder).
         model: architecture, the fields of the stage's config class. loss: weights of the stage's loss terms.
-        encoder: architecture of the text encoder that "video_flow" trains too, see `jdit.train.video_flow`.
-        vae, text: folders that the earlier stages wrote, or a diffusers folder that has them (flow).
-        init: component folder in diffusers layout to start from, or a folder that has it (two, in "video_flow"); ""
+        encoder: architecture of the text encoder that "video_flow" trains too, or of the image encoder that
+            "video_animate" trains, see these modules.
+        vae, text: folders that the earlier stages wrote, or a diffusers folder that has them.
+        init: component folder in diffusers layout to start from, or a folder that has it (two, in the last two); ""
             starts from random weights.
         path: the file that this was read from.
     """

@@ -11,7 +11,7 @@ import argparse
 import logging
 from pathlib import Path
 
-from jdit.train.export import SD3, WAN
+from jdit.train.export import SD3, WAN, WAN_ANIMATE
 from jdit.train.stages import Recipe, finish, pack, run_stages, unpack
 
 RECIPES = {
@@ -19,6 +19,7 @@ RECIPES = {
     for r in (
         Recipe("fluent-image", SD3, {"mmdit": {"vae": "vae", "text": "text"}}),
         Recipe("fluent-video", WAN, {"wan": {"vae": "vae"}}),
+        Recipe("fluent-animate", WAN_ANIMATE, {"animate": {"vae": "fluent-video/vae", "text": "fluent-video/wan"}}),
     )
 }
 
