@@ -10,6 +10,7 @@ from convert import clip, clip_vision, sd3, t5, wan, wan_animate
 from convert.component import Component
 from convert.families import sd3 as sd3_family
 from convert.families import wan as wan_family
+from convert.families import wan_animate as animate_family
 from convert.family import Family
 from convert.layout import Signature
 from convert.table import Rule
@@ -61,7 +62,9 @@ COMPONENTS: dict[str, Component] = {
 }  # fmt: skip
 """Upstream class -> component."""
 
-FAMILIES: dict[str, Family] = {"sd3": sd3_family.FAMILY, "wan": wan_family.FAMILY}
+FAMILIES: dict[str, Family] = {
+    "sd3": sd3_family.FAMILY, "wan": wan_family.FAMILY, "wan-animate": animate_family.FAMILY,
+}  # fmt: skip
 """Our name of a family -> what its checkpoints hold."""
 
 IGNORED_PREFIXES = tuple(prefix for family in FAMILIES.values() for prefix in family.ignored)

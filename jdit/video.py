@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +19,7 @@ from jdit.media import FORMATS, Picture, as_uint8, check_target, numbered, pictu
 from jdit.video_writer import EXACT, VideoWriter, as_fps
 
 Source = np.ndarray | Sequence[Picture] | str | Path
+Each = Callable[[np.ndarray], np.ndarray]
 DEMUXERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,ogg,asf,h264,hevc,ivf"
 """What is read: containers that hold their own data (a playlist may name any other file)."""
 
@@ -33,13 +34,14 @@ class Video(NamedTuple):
 # ---- reading ----
 
 
-def video(source: Source, *, start: int = 0, stop: int | None = None) -> Video:
+def video(source: Source, *, start: int = 0, stop: int | None = None, each: Each | None = None) -> Video:
     """Frames `start` to `stop` (to the end) of an array, a list of pictures or paths, an animation, or a video file.
 
     Gif, webp and png are read by Pillow (a frame shown n times as long as the others counts n times), everything else
     by PyAV. What the file says of its colours is honoured; where it is silent they are BT.709 in pictures larger than
     1280 x 576 and BT.601 in others, limited range, as players have it. Rotation is applied, a pixel's aspect is not.
-    Decoding ends at `stop`.
+    Decoding ends at `stop`. `each` is called with every frame (H, W, 3) as soon as it is read, and what it returns is
+    kept instead: a long video that is made smaller never lies in memory at its own size.
 
     Raises:
         ValueError: an array of another shape or dtype, pictures of several sizes, no frame in the range, or a file
@@ -48,13 +50,13 @@ def video(source: Source, *, start: int = 0, stop: int | None = None) -> Video:
     if start < 0 or (stop is not None and stop <= start):
         raise ValueError(f"start={start}, stop={stop}: no frame lies between")
     if isinstance(source, str | Path):
-        return _read(Path(source), start, stop)
+        return _read(Path(source), start, stop, each or _same)
     if isinstance(source, np.ndarray):
-        frames = source[start:stop]
         if source.dtype != np.uint8 or source.ndim != 4 or source.shape[-1] != 3 or 0 in source.shape:
             raise ValueError(f"a video is a uint8 array (T, H, W, 3), not {source.dtype} {source.shape}")
+        frames = source[start:stop] if each is None else _stack([each(x) for x in source[start:stop]])
     else:
-        frames = _stack([picture(x) for x in source[start:stop]])
+        frames = _stack([(each or _same)(picture(x)) for x in source[start:stop]])
     if not len(frames):
         raise ValueError(f"start={start}: the video has only {len(source)} frames")
     return Video(frames)
@@ -63,12 +65,24 @@ def video(source: Source, *, start: int = 0, stop: int | None = None) -> Video:
 def mask_video(source: Source, *, start: int = 0, stop: int | None = None) -> np.ndarray:
     """A mask as uint8 (T, H, W), white to be generated: whatever `video` takes, as luma (Pillow's "L"); arrays may also
     be (T, H, W) or (T, H, W, 1), uint8 or bool."""
-    if isinstance(source, np.ndarray) and (source.ndim == 3 or source.shape[-1:] == (1,)):
-        source = source.reshape(source.shape[:3])
-        source = np.repeat((source * np.uint8(255) if source.dtype == bool else source)[..., None], 3, -1)
-    return np.stack(
-        [np.asarray(Image.fromarray(frame).convert("L")) for frame in video(source, start=start, stop=stop).frames]
-    )
+    return luma(video(as_rgb(source), start=start, stop=stop).frames)
+
+
+def as_rgb(source: Source) -> Source:
+    """A mask in any form that `mask_video` takes as one that `video` takes."""
+    if not isinstance(source, np.ndarray) or (source.ndim != 3 and source.shape[-1:] != (1,)):
+        return source
+    source = source.reshape(source.shape[:3])
+    return np.repeat((source * np.uint8(255) if source.dtype == bool else source)[..., None], 3, -1)
+
+
+def luma(frames: np.ndarray) -> np.ndarray:
+    """(T, H, W, 3) as (T, H, W), uint8: Pillow's "L"."""
+    return np.stack([np.asarray(Image.fromarray(frame).convert("L")) for frame in frames])
+
+
+def _same(frame: np.ndarray) -> np.ndarray:
+    return frame
 
 
 def _stack(frames: list[np.ndarray], name: str = "a video") -> np.ndarray:
@@ -78,17 +92,17 @@ def _stack(frames: list[np.ndarray], name: str = "a video") -> np.ndarray:
     return np.stack(frames) if frames else np.zeros((0, 0, 0, 3), np.uint8)
 
 
-def _read(path: Path, start: int, stop: int | None) -> Video:
+def _read(path: Path, start: int, stop: int | None, each: Each) -> Video:
     if not path.exists():
         raise FileNotFoundError(f"no video at {path}")
     if path.is_dir() or not path.stat().st_size:
         raise ValueError(f"{path} is {'a folder' if path.is_dir() else 'empty'}, not a video")
     if path.suffix.lower() in (*FORMATS, ".apng"):
         frames, fps = _animation(path)
-        count, frames = len(frames), frames[start:stop]
+        count, frames = len(frames), [each(f) for f in frames[start:stop]]
     else:
         try:
-            frames, fps, count = _decode(path, start, stop)
+            frames, fps, count = _decode(path, start, stop, each)
         except FFmpegError as e:
             raise ValueError(f"{path} is not a video that can be read: {e.strerror}") from None
     if not len(frames):
@@ -113,7 +127,7 @@ def _animation(path: Path) -> tuple[list[np.ndarray], float | None]:
     return [f for f, n in zip(frames, times) for _ in range(n)], float(1000 * times.sum() / ms.sum())
 
 
-def _decode(path: Path, start: int, stop: int | None) -> tuple[list[np.ndarray], float | None, int]:
+def _decode(path: Path, start: int, stop: int | None, each: Each) -> tuple[list[np.ndarray], float | None, int]:
     frames, n = [], 0
     with av.open(path, options={"format_whitelist": DEMUXERS}) as container:
         streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
@@ -125,7 +139,7 @@ def _decode(path: Path, start: int, stop: int | None) -> tuple[list[np.ndarray],
         try:
             for n, frame in enumerate(container.decode(stream), 1):
                 if n > start:
-                    frames.append(_rgb(frame))
+                    frames.append(each(_rgb(frame)))
                 if n == stop:
                     break
         except FFmpegError as e:

@@ -56,7 +56,12 @@ def _sd3(transformer: MMDiTConfig) -> dict[str, Any]:
     }  # fmt: skip
 
 
-PLANS = {"wan": Plan(steps=50, guidance=5.0, height=480, width=832, max_text_tokens=512, num_frames=81)}
+PLANS = {
+    "wan": Plan(steps=50, guidance=5.0, height=480, width=832, max_text_tokens=512, num_frames=81),
+    "wan-animate": Plan(
+        steps=20, guidance=1.0, height=720, width=1280, max_text_tokens=512, fps=30.0, segment_frames=77,
+    ),
+}  # fmt: skip
 """How a family's unknown variants are run; others as Plan() has it."""
 
 
@@ -120,6 +125,17 @@ _WAN_VARIANTS = {  # shifts, steps and guidance of the original releases (wan/co
     ),
 }  # fmt: skip
 
+_WAN_ANIMATE = {  # shift, steps, guidance and rate of the original release (wan/configs/wan_animate_14B.py)
+    "wan2.2-animate-14b": Variant(
+        "wan-animate", {
+            "transformer": WanAnimateConfig(image_keys=True), "vae": AutoencoderKLWanConfig(), "text_encoder": _UMT5,
+            **_VISION,
+        },
+        _unipc(5.0), Plan(steps=20, guidance=1.0, max_text_tokens=512, fps=30.0, **_720P),
+        "Wan-AI/Wan2.2-Animate-14B-Diffusers", "Wan 2.2 Animate: a character moved by a pose and a face video, 17B",
+    ),
+}  # fmt: skip
+
 VARIANTS: dict[str, Variant] = {
     "sd3-medium": Variant(
         "sd3", _sd3(_SD3), _FLOW, Plan(steps=28, guidance=7.0), "stabilityai/stable-diffusion-3-medium-diffusers",
@@ -137,7 +153,7 @@ VARIANTS: dict[str, Variant] = {
         "sd3", _sd3(_SD35_LARGE), _FLOW, Plan(steps=4, guidance=1.0), "stabilityai/stable-diffusion-3.5-large-turbo",
         "Stable Diffusion 3.5 large, distilled to 4 steps",
     ),
-    **_WAN_VARIANTS,
+    **_WAN_VARIANTS, **_WAN_ANIMATE,
 }  # fmt: skip
 
 BUNDLED: dict[str, Plan] = {"fluent-image": Plan(steps=20, guidance=4.0)}

@@ -53,6 +53,7 @@ def result(values: Mapping[str, Any], timings: dict[str, float], fps: float | No
 
 WHOLE = (
     "height", "width", "num_frames", "steps", "num_outputs", "max_text_tokens", "segment_frames", "overlap_frames",
+    "num_segments",
 )  # fmt: skip
 FINITE = ("guidance", "guidance_2", "shift", "strength", "skip_layer_scale", "skip_layer_start", "skip_layer_stop")
 

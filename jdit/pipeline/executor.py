@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,8 +24,8 @@ class Stage:
         weights: names of the components it needs. reads, writes: names of values.
         static: those of `reads` that are hashable settings and part of the jit key.
         repeats: the name of an iterable of values; the stage is replayed for each, together with its neighbours that
-            repeat the same, `repeats` then naming the item. What they write is handed to the next replay if it was
-            there before the first; what later stages read is collected, an entry a replay.
+            repeat the same, `repeats` then naming the item. What they read before they write it is handed from one
+            replay to the next; what later stages read is collected, an entry a replay.
         host: not compiled: it is called with what is there, which may be NumPy arrays, lists or iterators.
     """
 
@@ -120,7 +120,7 @@ def run(
 
 def stream(
     stages: Sequence[Stage], weights: Weights, values: Mapping[str, Any], results: Sequence[str]
-) -> Iterator[tuple[dict[str, Any], Timings]]:
+) -> Generator[tuple[dict[str, Any], Timings]]:
     """Run the stages, of which the last repeat, and yield after each replay.
 
     Yields:
@@ -171,8 +171,13 @@ def _segment(block: Sequence[Stage], values: Mapping[str, Any], results: Sequenc
 
 
 def _carried(block: Sequence[Stage], values: Mapping[str, Any]) -> dict[str, Any]:
-    """What a replay hands to the next: that which is there before the first and written in each."""
-    return {name: values[name] for stage in block for name in stage.writes if name in values}
+    """What a replay hands to the next: that which its stages read before they write it."""
+    written, before = {n for s in block for n in s.writes}, set()
+    out: dict[str, Any] = {}
+    for stage in block:
+        out |= {n: values[n] for n in stage.reads if n in written - before}
+        before |= set(stage.writes)
+    return out
 
 
 def _results(block: Sequence[Stage], later: Sequence[Stage]) -> tuple[str, ...]:

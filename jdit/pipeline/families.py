@@ -3,5 +3,6 @@
 from jdit.pipeline.base import Pipeline
 from jdit.pipeline.sd3 import StableDiffusion3
 from jdit.pipeline.wan import WanVideo
+from jdit.pipeline.wan_animate import WanAnimation
 
-PIPELINES: dict[str, type[Pipeline]] = {"sd3": StableDiffusion3, "wan": WanVideo}
+PIPELINES: dict[str, type[Pipeline]] = {"sd3": StableDiffusion3, "wan": WanVideo, "wan-animate": WanAnimation}

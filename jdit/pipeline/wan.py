@@ -3,10 +3,11 @@
 B outputs, P prompts, S latent frames, h w latent rows and columns, C latent channels, L text tokens, N steps.
 """
 
+import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -16,12 +17,14 @@ from jdit.nn.vae.autoencoder_kl_wan import AutoencoderKLWan
 from jdit.nn.vae.autoencoder_kl_wan_config import AutoencoderKLWanConfig
 from jdit.nn.vae.tiling import Tiles, one_at_a_time
 from jdit.nn.wan import Wan, WanConfig
-from jdit.pipeline import base, calls
+from jdit.pipeline import base, calls, segmented
 from jdit.pipeline.calls import or_
 from jdit.pipeline.executor import Stage, run
-from jdit.pipeline.wan_conditions import Conditions, encode_first, encode_frames, encode_pictures
+from jdit.pipeline.segmented import SEGMENT, TAKES, planned
+from jdit.pipeline.wan_conditions import Conditions, encode_first, encode_frames, encode_pictures, unit
 from jdit.pipeline.wan_prompts import TEXT, WanPipeline, change_rows, contexts, texts
 from jdit.sampling import guidance as guide
+from jdit.sampling.segments import SegmentPlan
 from jdit.structs import Output, Text
 
 # ------------------------------------------------------------------------------------------------- stages
@@ -75,22 +78,44 @@ def decode(vae: AutoencoderKLWan, latents, kind: str, tiling: bool, slicing: boo
     return one_at_a_time(whole, z) if slicing else whole(z)
 
 
+class Piece(NamedTuple):
+    """What one segment of a longer video is made from: the first x, and keys of a stochastic solver."""
+
+    noise: Float[Array, "B S h w C"]
+    keys: Array | None = None
+
+
+def begin(piece: Piece) -> tuple[Array, Array | None]:
+    """A segment's own values."""
+    return piece.noise, piece.keys
+
+
+def decode_on(vae: AutoencoderKLWan, latents, kind: str, tiling: bool, report: bool):
+    """A segment's frames, and the last of them, neither rounded nor clipped, with which the next one begins."""
+    frames = vae.decode(vae.denormalise(latents), tiles=Tiles() if tiling else None)
+    if report:
+        calls.report_frames(frames, frames.shape[1])
+    return latents, calls.to_pixels(frames, kind), frames[:, -1]
+
+
 ALONE, HIGH, LOW = ("denoise", "transformer"), ("denoise_high", "transformer"), ("denoise_low", "transformer_2")
 
 
 def stages(
-    *, tokens: bool, picture: str | None, experts: Sequence[tuple[str, str]] = (ALONE,), pixels: bool
-) -> list[Stage]:
+    *, tokens: bool, picture: str | None, experts: Sequence[tuple[str, str]] = (ALONE,), pixels: bool,
+    segments: bool = False,
+) -> list[Stage]:  # fmt: skip
     """The stages of a call with encoded prompts.
 
     Args:
         tokens: whether the transformer sees the pictures' tokens.
         picture: "channels", "first" or None: what becomes of the given frames.
         experts: (stage, transformer) of each part of the table.
+        segments: whether all but the pictures' tokens is made a segment, each going on from the last frame of the one
+            before it.
     """
+    once = [Stage("encode_image", encode_pictures, ("image_encoder",), ("pictures",), ("tokens",))] if tokens else []
     out: list[Stage] = []
-    if tokens:
-        out.append(Stage("encode_image", encode_pictures, ("image_encoder",), ("pictures",), ("tokens",)))
     if picture == "channels":
         reads = ("image", "last_image", "num_frames", "vae_tiling")
         out.append(Stage("encode_frames", encode_frames, ("vae",), reads, ("channels",), reads[2:]))
@@ -103,10 +128,15 @@ def stages(
         reads = ("state", "conditions", f"table:{name}", f"guidance:{name}", "keys", *static)
         out.append(Stage(name, denoise, (transformer,), reads, ("state",), static))
     out.append(Stage("finish", finish, (), ("state", "conditions"), ("latents",)))
+    if segments:
+        reads = ("latents", "output", "vae_tiling", "report_frames")
+        out.append(Stage("decode", decode_on, ("vae",), reads, ("latents", "pixels", "image"), reads[1:]))
+        out.insert(0, Stage("begin", begin, (), (SEGMENT,), ("noise", "keys")))
+        return once + planned([dataclasses.replace(s, repeats=SEGMENT) for s in out], pixels=pixels)
     if pixels:
         reads = ("latents", "output", "vae_tiling", "vae_slicing", "report_frames")
         out.append(Stage("decode", decode, ("vae",), reads, ("pixels",), reads[1:]))
-    return out
+    return once + out
 
 
 # ----------------------------------------------------------------------------------------------- pipeline
@@ -117,12 +147,14 @@ class WanVideo(WanPipeline):
 
     Beside the common arguments: `guidance_2` (of the second expert; None is the plan's, else `guidance`), `two_passes`
     (guidance in two calls of the transformer: half the activations), `vae_tiling`, `vae_slicing` (decode a video at a
-    time) and `on_frame`, called with (frames, of how many) while frames are decoded.
+    time), `on_frame`, called with (frames, of how many) while frames are decoded, and `num_segments`: a model that goes
+    on from a picture makes as many videos, each from the last frame of the one before, and joins them; also `TAKES`.
     """
 
     takes = (
         "negative_prompt", "image", "last_image", "height", "width", "num_frames", "steps", "guidance", "guidance_2",
         "shift", "solver", "latents", "max_text_tokens", "two_passes", "vae_tiling", "vae_slicing", "on_frame",
+        "num_segments", *TAKES,
     )  # fmt: skip
 
     # ---- what the checkpoint is
@@ -207,6 +239,11 @@ class WanVideo(WanPipeline):
             out.append("this model takes no last_image: its transformer sees one picture")
         elif cfg.image_positions is not None and first and not last:
             out.append("this model goes from a first to a last frame: it needs last_image")
+        if or_(given.get("num_segments"), 1) > 1:
+            if self.picture is None or not first:
+                out.append("num_segments goes on from a picture: it needs a model that takes image, and one")
+            if last or given.get("num_frames") == 1 or given.get("vae_slicing"):
+                out.append("num_segments goes without last_image and vae_slicing, and with two num_frames at least")
         if last and given.get("num_frames") == 1:
             out.append("num_frames=1; a first and a last frame are two at least")
         if given.get("guidance_2") is not None:
@@ -257,7 +294,8 @@ class WanVideo(WanPipeline):
             out["pictures"] = jnp.asarray(self.processor(given))
         return out
 
-    def _generate(self, prompt, **a: Any) -> Output:
+    def _values(self, prompt, a: Mapping[str, Any], timings: dict[str, float]) -> tuple[dict[str, Any], list[Stage]]:
+        """What the stages read, and the stages."""
         height, width = self.size(a["height"], a["width"])
         frames = self.frames(a["num_frames"])
         steps, scale = or_(a["steps"], self.plan.steps), or_(a["guidance"], self.plan.guidance)
@@ -265,30 +303,60 @@ class WanVideo(WanPipeline):
         table = self.table(steps, shift=a["shift"], solver=a["solver"])
         experts = self.experts(table)
         pictures = self._pictures(a, height, width)
-        guided, timings, vae = scale > 1, {}, self.parts.configs["vae"]
+        guided, vae, long = scale > 1, self.parts.configs["vae"], self.long(a)
+        prompt = self._prompt(prompt, a, guided, timings)
+        count = prompt.positive.states.shape[0] * a["num_outputs"]
+        shape = ((frames - 1) // vae.time_factor + 1, height // vae.space_factor, width // vae.space_factor)
+        shape = (count, *shape, vae.latent_channels)
+        values: dict[str, Any] = pictures | {
+            "positive": prompt.positive, "negative": prompt.negative if guided else None, "table": table,
+            "tokens": None, "channels": None, "first": None, "num_frames": frames, "steps": table.steps,
+            "two_passes": bool(a.get("two_passes")), "report": a["on_step"] is not None, "output": a["output"],
+            "vae_tiling": bool(a.get("vae_tiling")), "vae_slicing": bool(a.get("vae_slicing")),
+            "report_frames": a.get("on_frame") is not None,
+        }  # fmt: skip
+        if long:
+            plan = SegmentPlan(1 + a["num_segments"] * (frames - 1), frames, 1)
+            noise, keys = segmented.noise(a, plan, shape), segmented.solver_keys(a, count, table.stochastic)
+            first = unit(pictures["image"])
+            values |= {"plan": plan, "make": lambda i: Piece(noise(i), keys(i)),
+                       "image": jnp.broadcast_to(first, (count, *first.shape[1:]))}  # fmt: skip
+        else:
+            keys = calls.solver_keys(a["seed"], count, table.stochastic)
+            values |= {"noise": calls.first_noise(a, shape), "keys": keys}
+        for expert, part in experts.items():
+            values[f"table:{expert[0]}"] = part
+            own = scale_2 if expert == LOW else scale
+            values[f"guidance:{expert[0]}"] = jnp.float32(own) if guided else None
+        return values, stages(
+            tokens="pictures" in pictures, picture=self.picture if pictures else None, experts=tuple(experts),
+            pixels=a["output"] != "latents", segments=long,
+        )  # fmt: skip
+
+    @staticmethod
+    def long(a: Mapping[str, Any]) -> bool:
+        """Whether a call makes its video a segment at a time."""
+        return or_(a.get("num_segments"), 1) > 1
+
+    def _generate(self, prompt, **a: Any) -> Output:
+        timings: dict[str, float] = {}
         with self.on_mesh():
-            prompt = self._prompt(prompt, a, guided, timings)
-            count = prompt.positive.states.shape[0] * a["num_outputs"]
-            shape = ((frames - 1) // vae.time_factor + 1, height // vae.space_factor, width // vae.space_factor)
-            values: dict[str, Any] = pictures | {
-                "positive": prompt.positive, "negative": prompt.negative if guided else None,
-                "noise": calls.first_noise(a, (count, *shape, vae.latent_channels)), "table": table, "tokens": None,
-                "channels": None, "first": None, "num_frames": frames, "steps": table.steps,
-                "two_passes": bool(a.get("two_passes")), "report": a["on_step"] is not None, "output": a["output"],
-                "vae_tiling": bool(a.get("vae_tiling")), "vae_slicing": bool(a.get("vae_slicing")),
-                "report_frames": a.get("on_frame") is not None,
-                "keys": calls.solver_keys(a["seed"], count, table.stochastic),
-            }  # fmt: skip
-            for expert, part in experts.items():
-                values[f"table:{expert[0]}"] = part
-                own = scale_2 if expert == LOW else scale
-                values[f"guidance:{expert[0]}"] = jnp.float32(own) if guided else None
-            todo = stages(
-                tokens="pictures" in pictures, picture=self.picture if pictures else None, experts=tuple(experts),
-                pixels=a["output"] != "latents",
-            )  # fmt: skip
+            values, todo = self._values(prompt, a, timings)
+            if self.long(a):
+                return segmented.whole(self, todo, values, a, timings, self._fps)
             with calls.reporting(a["on_step"], a.get("on_frame")):
                 values, spent = run(todo, self.weights, values)
-        return calls.result(
-            values, timings | spent, self.plan.fps or (24 if self.parts.settings.get("expand_timesteps") else 16)
-        )
+        return calls.result(values, timings | spent, self._fps)
+
+    def _stream(self, prompt, **a: Any) -> Iterator[Output]:
+        if not self.long(a):
+            yield self._generate(prompt, **a)
+            return
+        timings: dict[str, float] = {}
+        with self.on_mesh():
+            values, todo = self._values(prompt, a, timings)
+        yield from segmented.pieces(self, todo, values, a, timings, self._fps)
+
+    @property
+    def _fps(self) -> float:
+        return self.plan.fps or (24 if self.parts.settings.get("expand_timesteps") else 16)

@@ -1,7 +1,8 @@
 """What Wan's transformer sees beside the noise: prompts, and pictures (upstream pipeline_wan_i2v.py).
 
-P prompts, L text tokens of width J, I tokens of a picture of width E, T frames of H x W pixels, S latent frames of h w
-rows and columns and C channels, r frames that a latent frame stands for (but for the first, which is one frame).
+B rows, K of them or one, P prompts, L text tokens of width J, I tokens of a picture of width E, T frames of H x W
+pixels, S latent frames of h w rows and columns and C channels, r frames that a latent frame stands for (but for the
+first, which is one frame).
 """
 
 from typing import NamedTuple
@@ -16,6 +17,9 @@ from jdit.nn.vae.tiling import Tiles
 from jdit.nn.vision.clip import CLIPVision
 from jdit.structs import Text
 
+Pixels = UInt8[Array, "K H W 3"] | Float[Array, "K H W 3"]
+"""Pictures, or floats in [-1, 1]."""
+
 
 class Conditions(NamedTuple):
     """What does not change from step to step.
@@ -23,30 +27,33 @@ class Conditions(NamedTuple):
     Attributes:
         text: states of the prompts, [negative; positive] under guidance.
         tokens: of the pictures, first then last, where the transformer has an image embedding.
-        channels: laid beside those of the noise: mask and latents of the given frames.
-        first: latents of the first frame, which stays as it is while the others are denoised (5B).
+        channels: laid beside those of the noise: mask and latents of the given frames, of one video or one an output.
+        first: latents of the first frame, which stays as it is while the others are denoised (5B); likewise.
     """
 
     text: Float[Array, "P L J"]
     tokens: Float[Array, "1 I E"] | None = None
-    channels: Float[Array, "1 S h w C"] | None = None
-    first: Float[Array, "1 1 h w C"] | None = None
+    channels: Float[Array, "K S h w C"] | None = None
+    first: Float[Array, "K 1 h w C"] | None = None
 
     def apply(self, x: Float[Array, "B S h w C"]) -> Float[Array, "B S h w D"]:
         """What the transformer is given for the noisy latents x."""
         x = self.keep_first(x)
-        if self.channels is None:
-            return x
-        return jnp.concatenate([x, jnp.broadcast_to(self.channels, (*x.shape[:4], self.channels.shape[-1]))], -1)
+        return x if self.channels is None else jnp.concatenate([x, _rows(self.channels, len(x))], -1)
 
     def keep_first(self, x: Float[Array, "B S h w C"]) -> Float[Array, "B S h w C"]:
-        return x if self.first is None else x.at[:, :1].set(self.first.astype(x.dtype))
+        return x if self.first is None else x.at[:, :1].set(_rows(self.first, len(x)).astype(x.dtype))
 
     def times(self, timesteps: Float[Array, "N"], frames: int) -> Float[Array, "N"] | Float[Array, "N 1 S"]:
         """The timestep of each step, or of each latent frame in it: a first frame that is given has timestep 0."""
         if self.first is None:
             return timesteps
         return timesteps[:, None, None] * (jnp.arange(frames) > 0)
+
+
+def _rows(a: Float[Array, "K ..."], rows: int) -> Float[Array, "B ..."]:
+    """One video's for all rows; or one an output, which serves the unconditional rows and the conditional ones."""
+    return jnp.concatenate([a] * (rows // len(a))) if len(a) > 1 else jnp.broadcast_to(a, (rows, *a.shape[1:]))
 
 
 def encode_text(encoder: T5, ids, lengths) -> Text:
@@ -61,11 +68,10 @@ def encode_pictures(encoder: CLIPVision, pictures: Float[Array, "K Y X 3"]) -> F
 
 
 def encode_frames(
-    vae: AutoencoderKLWan, first: UInt8[Array, "1 H W 3"], last: UInt8[Array, "1 H W 3"] | None, frames: int,
-    tiling: bool,
-) -> Float[Array, "1 S h w r+C"]:  # fmt: skip
+    vae: AutoencoderKLWan, first: Pixels, last: Pixels | None, frames: int, tiling: bool
+) -> Float[Array, "K S h w r+C"]:
     """The given frames in a video that is grey elsewhere, as the channels beside the noise: mask, then latents."""
-    blank = jnp.zeros((1, frames - 1 - (last is not None), *first.shape[1:]))
+    blank = jnp.zeros((first.shape[0], frames - 1 - (last is not None), *first.shape[1:]))
     parts = [unit(first)[:, None], blank] + ([] if last is None else [unit(last)[:, None]])
     z = encode_video(vae, jnp.concatenate(parts, 1), tiling)
     given = np.zeros((1, frames, 1, 1), np.float32)
@@ -74,7 +80,7 @@ def encode_frames(
     return jnp.concatenate([jnp.broadcast_to(marks, (*z.shape[:4], marks.shape[-1])), z], -1)
 
 
-def encode_first(vae: AutoencoderKLWan, first: UInt8[Array, "1 H W 3"], tiling: bool) -> Float[Array, "1 1 h w C"]:
+def encode_first(vae: AutoencoderKLWan, first: Pixels, tiling: bool) -> Float[Array, "K 1 h w C"]:
     """The latents of the first frame alone."""
     return encode_video(vae, unit(first)[:, None], tiling)
 
@@ -86,9 +92,9 @@ def flags(given: Float[Array, "B T h w"], r: int) -> Float[Array, "B S h w r"]:
     return jnp.moveaxis(whole.reshape(whole.shape[0], -1, r, *whole.shape[2:]), 2, -1)
 
 
-def unit(pixels: UInt8[Array, "*S"]) -> Float[Array, "*S"]:
-    """uint8 to [-1, 1]."""
-    return pixels.astype(jnp.float32) / 127.5 - 1
+def unit(pixels: UInt8[Array, "*S"] | Float[Array, "*S"]) -> Float[Array, "*S"]:
+    """uint8 to [-1, 1]; floats are there already."""
+    return pixels if pixels.dtype != jnp.uint8 else pixels.astype(jnp.float32) / 127.5 - 1
 
 
 def encode_video(vae: AutoencoderKLWan, video: Float[Array, "B T H W 3"], tiling: bool) -> Float[Array, "B S h w C"]:

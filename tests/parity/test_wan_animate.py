@@ -17,7 +17,7 @@ from util_sd3 import error, noise
 
 from convert import registry, table, wan_animate, write
 from convert.table import ConversionError
-from jdit import sharding
+from jdit import sharding, zoo
 from jdit.nn.wan_animate_config import WanAnimateConfig
 from jdit.sharding import Rules, dotted, make_mesh
 
@@ -223,8 +223,10 @@ def test_eight_devices_equal_one(sizes, tmp_path):
 
 def test_full_size():
     """Shapes of a segment of 77 frames at 720 x 1280 and the parameter count, without weights."""
-    cfg = wan_animate.config(RELEASE)
-    component = registry.of_config(cfg)
+    variant = zoo.VARIANTS["wan2.2-animate-14b"]
+    cfg, component = variant.components["transformer"], registry.COMPONENTS["WanAnimateTransformer3DModel"]
+    assert component.config(RELEASE) == cfg and registry.of_config(cfg) is component
+    assert zoo.recognise(variant.components) == "wan2.2-animate-14b"
     with torch.device("meta"):
         model = WanAnimateTransformer3DModel(**RELEASE)
     assert sharding.count(component.make(cfg)) == sum(p.numel() for p in model.parameters())

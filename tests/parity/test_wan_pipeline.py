@@ -126,3 +126,35 @@ def test_text_or_first_frame(load):
     other.set_progress_bar_config(disable=True)
     got, want = both(other, ours, guidance=5.0, size=LARGE, image=PICTURES[0])
     assert error(got, want) < 1e-4
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_goes_on_from_the_last_frame(load, guidance):
+    """Segments of picture-to-video: as upstream, called again and again with the last frame it made."""
+    theirs, ours, _ = load("i2v-experts")
+    noises = [noise(i, *SHAPE) for i in range(3)]
+    pictures, want = [PICTURES[0]] * 2, []
+    for latents in noises:
+        with torch.no_grad():  # upstream takes one picture a call
+            videos = [
+                theirs(
+                    prompt=PROMPTS[i], negative_prompt=NEGATIVE[i], image=pictures[i], latents=latents[i : i + 1],
+                    num_inference_steps=3, guidance_scale=guidance, max_sequence_length=17, output_type="pt", **SIZE,
+                ).frames
+                for i in range(2)
+            ]  # fmt: skip
+        pictures = [video[:, -1] for video in videos]  # floats
+        want.append(np.moveaxis(torch.cat(videos).numpy(), 2, -1)[:, bool(want) :])
+    call = dict(
+        negative_prompt=NEGATIVE, image=PICTURES[0], latents=np.concatenate([channels_last(n) for n in noises], 1),
+        steps=3, guidance=guidance, max_text_tokens=17, output="float", num_segments=3, **SIZE,
+    )  # fmt: skip
+    got = ours(PROMPTS, **call)
+    assert got.pixels.shape == (2, 25, 48, 80, 3)
+    assert error(got.pixels, np.concatenate(want, 1)) < 1e-4
+    told = []
+    scanned = ours(PROMPTS, scan_segments=True, on_segment=lambda *a: told.append(a), **call)
+    assert error(scanned.pixels, got.pixels) < 1e-6 and told == [(1, 3), (2, 3), (3, 3)]
+    pieces = list(ours.stream(PROMPTS, **call))
+    assert [p.pixels.shape[1] for p in pieces] == [9, 8, 8]
+    assert np.array_equal(np.concatenate([p.pixels for p in pieces], 1), got.pixels)

@@ -12,7 +12,7 @@ TINY = util_wan.TINY | dict(
     in_channels=14, latent_channels=5, num_layers=4, image_dim=22, added_kv_proj_dim=32, motion_encoder_size=16,
     motion_encoder_channel_sizes={"4": 16, "8": 12, "16": 8, "32": 3}, motion_style_dim=14, motion_dim=6,
     motion_encoder_dim=18, face_encoder_hidden_dim=10, face_encoder_num_heads=3, inject_face_latents_blocks=2,
-    motion_encoder_batch_size=2,
+    motion_encoder_batch_size=8,
 )  # fmt: skip
 KINDS = {
     "pairs": {},
