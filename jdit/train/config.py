@@ -17,8 +17,8 @@ class Data:
 
     Attributes:
         folder: pictures with captions, see `jdit.train.data.read`, or clips, see `jdit.train.clips`.
-        size: side of the training pictures, in pixels. frames: of a clip (video stages only). segment: of those that "video_animate"
-            makes at once; its `frames` are one loop.
+        size: side of the training pictures, in pixels. frames: of a clip (video stages only).
+        segment: how many of these frames, which are one loop, "video_animate" makes at once.
         batch: pictures a step, over all devices.
         flip: mirror half of the pictures (autoencoder only; flow training would learn mirrored writing).
         mix: shares of a batch: plain pictures, recoloured, on a coloured background, both. Without transparency and

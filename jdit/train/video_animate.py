@@ -62,7 +62,7 @@ class AnimateTask:
                 raise ValueError(f"[{section}]: unknown {unknown}; there are {', '.join(known)}")
         if not cfg.vae or not cfg.text:
             raise ValueError(
-                "animation training needs `vae` and `text`: folders that hold vae, text_encoder, tokenizer"
+                "animation training needs `vae` and `text`: folders of vae, and of text_encoder and tokenizer"
             )
         self.levels = LOSS | dict(cfg.loss)
         self.vae, self.vae_weights = open_net(component(cfg.vae, "vae"), "AutoencoderKLWan", cfg.run.dtype)
@@ -209,8 +209,9 @@ class AnimateTask:
     ) -> UInt8[np.ndarray, "B T H W 3"]:  # fmt: skip
         """Some segments, each from the tail of the one before it; T is that of all."""
         length, (b, _, height, width, _) = self.cfg.data.segment, pose.shape
-        states, space = self.states(texts), self.vae.cfg.space_factor or 1
-        shape = (b, (length - 1) // (self.vae.cfg.time_factor or 1) + 2, height // space, width // space)
+        vae, states = self.vae.cfg, self.states(texts)
+        space, time = vae.space_factor or 1, vae.time_factor or 1
+        shape = (b, (length - 1) // time + 2, height // space, width // space, vae.latent_channels)
         tail, given, out = np.zeros((b, length, height, width, 3), np.float32), 0, []
         for n in range(segments):
             rows = slice(n * (length - overlap), n * (length - overlap) + length)
@@ -269,7 +270,7 @@ class AnimateTask:
 
 
 def _others(groups: list[str]) -> tuple[Int[np.ndarray, "N M"], Int[np.ndarray, "N"]]:
-    """The other clips of each clip's group, lists filled up with the first, and how many; alone, a clip drives itself."""
+    """The other clips of each clip's group, filled up with the first, and how many; alone, a clip drives itself."""
     found = [[m for m, other in enumerate(groups) if other == own and m != n] or [n] for n, own in enumerate(groups)]
     widest = max(map(len, found))
     return np.asarray([o + [o[0]] * (widest - len(o)) for o in found], np.int32), np.asarray(

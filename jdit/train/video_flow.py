@@ -150,8 +150,8 @@ class VideoFlowTask:
 
 
 def start(nets: dict[str, Net], cfg: Config) -> Weights:
-    """Weights of several networks, their names before the paths: `init`'s, or random ones, where the last layer and what
-    time adds to modulation start at zero."""
+    """Weights of several networks, their names before the paths: `init`'s, or random ones, where the last layer and
+    what time adds to modulation start at zero."""
     out: Weights = {}
     for n, (name, net) in enumerate(nets.items()):
         if cfg.init:
