@@ -215,20 +215,10 @@ class AnimateTask:
         tail, given, out = np.zeros((b, length, height, width, 3), np.float32), 0, []
         for n in range(segments):
             rows = slice(n * (length - overlap), n * (length - overlap) + length)
-            noise = jax.random.normal(
-                jax.random.fold_in(jax.random.key(seed), n), (*shape, self.vae.cfg.latent_channels)
-            )
-            args = (
-                unit(stills),
-                tail,
-                jnp.int32(given),
-                unit(pose[:, rows]),
-                unit(face[:, rows]),
-                stills,
-                states,
-                noise,
-            )
-            made = np.asarray(self._segment(ema, self.vae_weights, *args, self.table), np.float32)
+            noise = jax.random.normal(jax.random.fold_in(jax.random.key(seed), n), shape)
+            driving = unit(pose[:, rows]), unit(face[:, rows])
+            args = (unit(stills), tail, jnp.int32(given), *driving, stills, states, noise, self.table)
+            made = np.asarray(self._segment(ema, self.vae_weights, *args), np.float32)
             out.append(made[:, given:])
             tail, given = np.zeros_like(made), overlap
             tail[:, :overlap] = made[:, -overlap:]

@@ -22,8 +22,8 @@ from PIL import Image
 
 BLACK, BORDER = 0.05, 0.25
 """Luminance that is added before the logarithm; difference of logarithms that gives half of full black."""
-HEAD = 0.5
-"""Side of the head's square, as a share of the figure's height."""
+HEAD, FULL = 0.5, 0.7
+"""Side of the head's square as a share of the figure's height; a figure that fills this share of its box is a head."""
 
 
 def luminance(frames: UInt8[np.ndarray, "*N S S 3"]) -> Float[np.ndarray, "*N S S"]:
@@ -48,12 +48,13 @@ def figure(frames: UInt8[np.ndarray, "*N S S 3"]) -> Bool[np.ndarray, "*N S S"]:
 
 
 def heads(frames: UInt8[np.ndarray, "T S S 3"], size: int) -> UInt8[np.ndarray, "T F F 3"]:
-    """The head in grey: a square at the top of the figure, as wide as `HEAD` of its height over the whole clip."""
+    """The head in grey: a square at the top of the figure, sized by its height over the whole clip."""
     here = figure(frames)
-    rows = np.flatnonzero(here.any((0, 2)))
-    if not len(rows):
+    if not here.any():
         return np.full((len(frames), size, size, 3), 255, np.uint8)
-    side = max(HEAD * (rows[-1] + 1 - rows[0]), 4)
+    (top, bottom), (left, right) = ((i[0], i[-1] + 1) for i in (np.flatnonzero(here.any((0, a))) for a in (2, 1)))
+    full = here[:, top:bottom, left:right].mean() >= FULL
+    side = max((1 if full else HEAD) * (bottom - top), 4)
     out = []
     for frame, mask in zip(frames, here):
         top = int(mask.any(1).argmax())
