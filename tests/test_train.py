@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import jax
@@ -14,7 +15,7 @@ pytest.importorskip("optax")
 
 import jdit
 from jdit import train
-from jdit.train import colour, config, data, export, loop, text, vae
+from jdit.train import colour, config, data, export, loop, portable, text, vae
 from jdit.train import examples as ex
 from jdit.train.flow import noise_levels
 from jdit.train.sheet import recall
@@ -256,6 +257,29 @@ def test_resume_is_exact(tmp_path):
         if "seconds" not in key:
             assert np.array_equal(a[key], b[key]), key
     assert np.array_equal(np.load(tmp_path / "a" / "ema.npy"), np.load(tmp_path / "b" / "ema.npy"))
+
+
+def test_portable_checkpoint_goes_on_elsewhere(tmp_path):
+    for name in "abc":
+        (tmp_path / name).mkdir()
+    whole = loop.train(Line, line_config(tmp_path / "a", steps=60, chunk=20))
+    here = loop.train(Line, line_config(tmp_path / "b", steps=60, chunk=20, stop_after=1e-9, portable=True))
+    shutil.copy(tmp_path / "b" / portable.FILE, tmp_path / "c")
+    part = final_state(tmp_path / "b")
+    state = loop.init_state(Line(None).init(), config.Optim(), 1)
+    copy = dict(zip(part, jax.tree.leaves(loop.unpacked(tmp_path / "c", state))))
+    assert here.step == 20 and len(copy) == len(part)
+    for key, value in copy.items():
+        want = 0 * part[key] if "_mu_" in key else part[key]
+        assert value.dtype == want.dtype and ("_ema_" in key or np.allclose(value, want, rtol=2**-8, atol=0)), key
+    ema, params = (np.concatenate([np.ravel(v) for k, v in part.items() if f"_{n}_" in k]) for n in ("ema", "params"))
+    got = np.concatenate([np.ravel(v) for k, v in copy.items() if "_ema_" in k])
+    assert np.abs(got - ema).max() <= 2**-8 * np.abs(ema - params).max() + 2**-16 * np.abs(params).max()
+    end = loop.train(Line, line_config(tmp_path / "c", steps=60, chunk=20), resume=True)
+    assert end.step == 60 and end.figures["loss"] < 1.5 * whole.figures["loss"] + 1e-3
+    assert not (tmp_path / "c" / portable.FILE).exists()
+    with pytest.raises(ValueError, match="does not fit"):
+        loop.unpacked(tmp_path / "b", loop.init_state({"w": jnp.zeros(3)}, config.Optim(), 1))
 
 
 def test_it_learns_and_devices_do_not_matter(tmp_path):

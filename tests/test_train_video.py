@@ -13,9 +13,9 @@ from PIL import Image
 pytest.importorskip("optax")
 
 import jdit
-from jdit import train
-from jdit.train import clips, config, export, loop, unigram
+from jdit.train import clips, config, data, loop, portable, stages, unigram
 from jdit.train.recipes.fluent_video import prepare
+from jdit.train.recipes.run import RECIPES
 from jdit.train.sheet import film_strips
 
 RNG = np.random.default_rng(0)
@@ -37,6 +37,19 @@ def test_strips_animations_and_too_short_clips(tmp_path):
     assert clips.load_clip(tmp_path / "a.png", 6, 4).shape == (6, 4, 4, 3)
     with pytest.raises(ValueError, match=r"a\.png: 6 frames, 7 are wanted"):
         clips.load_clip(tmp_path / "a.png", 7, 8)
+
+
+def test_groups_are_drawn_evenly():
+    item = lambda n, group: data.Item(Path(f"{n}.png"), "", ("",), "train", "", 0, 0, group)
+    items = [*(item(n, "run") for n in range(6)), item(6, "jump"), item(7, "")]
+    counts = lambda balance: (
+        np.bincount(np.asarray(clips.draw(jax.random.key(0), 24_000, 8, clips.shares(items, balance))), minlength=8)
+        / 24_000
+    )
+    assert clips.shares(items, 0.0) is None and np.abs(counts(0.0) - 1 / 8).max() < 0.01
+    assert np.abs(counts(1.0) - [*[1 / 18] * 6, 1 / 3, 1 / 3]).max() < 0.01
+    half = np.asarray([*[6**-0.5] * 6, 1, 1])
+    assert np.abs(counts(0.5) - half / half.sum()).max() < 0.01
 
 
 def test_captions_of_motions():
@@ -64,7 +77,7 @@ def test_vocabulary_is_t5s(tmp_path):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """Both stages, two steps each, on four clips of squares that move."""
+    """Both stages, two steps each, on four clips of squares that move; the second is packed and unpacked."""
     root = tmp_path_factory.mktemp("video")
     (root / "data").mkdir()
     rows = []
@@ -77,24 +90,34 @@ def trained(tmp_path_factory) -> Path:
     (root / "data" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     common = [f'data.folder="{root}/data"', "data.size=16", "data.frames=5", "data.batch=2", "run.chunk=1",
               'run.dtype="float32"', "run.devices=1"]  # fmt: skip
-    stages = {
+    settings = {
         "vae": ["model.width=4", "model.multipliers=[1, 1]", "model.temporal=[true]", "model.latent_channels=4"],
         "wan": [
-            f'vae="{root}/vae"', "model.layers=1", "model.heads=1", "model.head_dim=12", "model.mlp=16",
+            "model.layers=1", "model.heads=1", "model.head_dim=12", "model.mlp=16",
             "model.freq_dim=8", "encoder.vocab_size=130", "encoder.width=8", "encoder.kv=4", "encoder.mlp=8",
             "encoder.layers=1", "encoder.max_length=12", "run.sheet_steps=2", 'run.prompts=["a red square"]',
             "run.evaluate=1", "optim.rate=0.05", "optim.warmup=1", "optim.ema=0.0",
         ],
     }  # fmt: skip
-    for stage, extra in stages.items():
-        train.run(f"fluent-video/{stage}", [*common, *extra, f'run.folder="{root / stage}"'], steps=2)
-    export.export({s: root / s for s in stages}, root / "model", layout=export.WAN)
-    return root
+    recipe, away = RECIPES["fluent-video"], root / "elsewhere" / "video"
+    own = {n: [*common, *extra, "run.steps=2", "run.minutes=0.0"] for n, extra in settings.items()}
+    assert stages.run_stages(recipe, root, ("vae",), overrides=own["vae"])
+    assert not stages.run_stages(recipe, root, ("vae", "wan"), overrides=[*own["wan"], "run.stop_after=1e-9"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages, "PART", 20_000)
+        parts = stages.pack(recipe, root, root / "packed")
+    assert len(parts) > 1 and max(p.stat().st_size for p in parts) <= 20_000
+    stages.unpack(recipe, root / "packed", away)
+    assert (away / "wan" / portable.FILE).is_file() and not loop.checkpoints(away / "wan")
+    assert stages.run_stages(recipe, away, recipe.stages, overrides=own["wan"])
+    stages.finish(recipe, away, root / "model")
+    return away
 
 
 def test_stages_leave_sheets_and_figures(trained):
     assert [p.name for p in (trained / "vae" / "sheets").iterdir()] == ["vae_0000002.png"]
     assert [p.name for p in (trained / "wan" / "sheets").iterdir()] == ["flow_0000002.png"]
+    assert "resumed at step 1" in (trained / "wan" / "log.txt").read_text()
     assert {"top1", "top5", "motion"} <= json.loads((trained / "wan" / loop.RESULT).read_text()).keys()
     vae = json.loads((trained / "vae" / "vae" / "config.json").read_text())
     assert len(set(vae["latents_mean"])) == 4 and (vae["scale_factor_temporal"], vae["scale_factor_spatial"]) == (2, 2)
@@ -111,23 +134,23 @@ def test_sampler_jdit_and_diffusers_agree(trained):
 
     noise = jax.random.normal(jax.random.key(0), (1, 3, 8, 8, 4))
     task = VideoFlowTask.__new__(VideoFlowTask)
-    nets = {n: open_net(trained / "model" / n, c, "float32") for n, c in NETS.items()}
+    nets = {n: open_net(trained.parents[1] / "model" / n, c, "float32") for n, c in NETS.items()}
     task.nets = {n: net for n, (net, _) in nets.items()}
     weights = {f"{n}.{k}": v for n, (_, w) in nets.items() for k, v in w.items()}
-    pipe = jdit.load(trained / "model", dtype="float32")
+    pipe = jdit.load(trained.parents[1] / "model", dtype="float32")
     call: dict[str, Any] = dict(height=16, width=16, num_frames=5)
     want = pipe(
         "a red square", negative_prompt="", steps=1, guidance=1.0, latents=np.asarray(noise), output="latents",
         solver="euler", shift=1.0, **call,
     ).latents  # fmt: skip
-    tokens, lengths = unigram.tokenizer_files.load(trained / "model" / "tokenizer").encode_with_lengths(
+    tokens, lengths = unigram.tokenizer_files.load(trained.parents[1] / "model" / "tokenizer").encode_with_lengths(
         ["a red square"], 12
     )
     velocity = task._predict(weights, noise, jnp.full((1,), 1000.0), (jnp.asarray(tokens), jnp.asarray(lengths)))
     assert np.linalg.norm(velocity) > 0.1
     assert np.linalg.norm(noise - velocity - want) / np.linalg.norm(want) < 1e-4
 
-    theirs = WanPipeline.from_pretrained(trained / "model", torch_dtype=torch.float32)
+    theirs = WanPipeline.from_pretrained(trained.parents[1] / "model", torch_dtype=torch.float32)
     theirs.set_progress_bar_config(disable=True)
     latents = torch.from_numpy(np.asarray(noise).transpose(0, 4, 1, 2, 3).copy())
     with torch.no_grad():

@@ -11,6 +11,7 @@ log = logging.getLogger("jdit")
 TASKS = {
     "vae": ("vae", "VAETask"), "text": ("text", "TextTask"), "flow": ("flow", "FlowTask"),
     "video_vae": ("video_vae", "VideoVAETask"), "video_flow": ("video_flow", "VideoFlowTask"),
+    "video_animate": ("video_animate", "AnimateTask"),
 }  # fmt: skip
 """Stage -> module and class of its task."""
 

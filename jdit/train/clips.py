@@ -3,13 +3,16 @@
 A strip is one picture whose height is a multiple of its width: the frames one under another. N clips, T frames, S side.
 """
 
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int, UInt8
-from PIL import Image
+from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
+from PIL import Image, ImageSequence
 
 from jdit.train.data import Item, read_items
 from jdit.train.examples import CHOICES
@@ -37,20 +40,34 @@ def load_clip(file: Path, frames: int, size: int) -> UInt8[np.ndarray, "T S S 3"
     Raises:
         ValueError: a file that is no video, or too few frames.
     """
-    clip = _strip(file)
-    if clip is None:
-        from jdit import video  # PyAV is needed for other files alone
-
-        clip = video.video(file).frames
+    clip = _frames(file)
     if len(clip) < frames:
         raise ValueError(f"{file}: {len(clip)} frames, {frames} are wanted")
-    clip = clip[np.arange(frames) * len(clip) // frames]
+    return _squares(clip[np.arange(frames) * len(clip) // frames], size)
+
+
+def load_whole(file: Path, size: int) -> UInt8[np.ndarray, "T S S 3"]:
+    """All frames of a clip, as `load_clip` gives them."""
+    return _squares(_frames(file), size)
+
+
+def _squares(clip: np.ndarray, size: int) -> UInt8[np.ndarray, "T S S 3"]:
     if clip.shape[1:3] == (size, size):
         return clip
     side = min(clip.shape[1:3])
     top, left = ((n - side) // 2 for n in clip.shape[1:3])
     square = clip[:, top : top + side, left : left + side]
     return np.stack([np.asarray(Image.fromarray(f).resize((size, size), Image.Resampling.LANCZOS)) for f in square])
+
+
+def _frames(file: Path) -> np.ndarray:
+    if (clip := _strip(file)) is not None:
+        return clip
+    if file.suffix.lower() == ".avif":
+        return _avif(file)
+    from jdit import video  # PyAV is needed for other files alone
+
+    return video.video(file).frames
 
 
 def _strip(file: Path) -> np.ndarray | None:
@@ -63,6 +80,14 @@ def _strip(file: Path) -> np.ndarray | None:
             return np.asarray(image.convert("RGB")).reshape(-1, image.width, image.width, 3)
     except OSError as e:
         raise ValueError(f"{file}: {e}") from None
+
+
+def _avif(file: Path) -> np.ndarray:
+    try:
+        with Image.open(file) as image:
+            return np.stack([np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(image)])
+    except OSError as e:
+        raise ValueError(f"{file}: {e} (Pillow reads AVIF from 11.3 on)") from None
 
 
 def read(folder: str | Path, frames: int, size: int) -> tuple[Clips, Clips]:
@@ -89,3 +114,21 @@ def texts(items: list[Item]) -> Texts:
     index: dict[str, int] = {"": 0}
     of = [[index.setdefault(i.captions[n % len(i.captions)], len(index)) for n in range(CHOICES)] for i in items]
     return Texts(list(index), np.asarray(of, np.int32))
+
+
+def shares(items: list[Item], balance: float) -> Float[np.ndarray, "N"] | None:
+    """What `draw` wants: the cumulative share of each clip, see `data.balance`; None where all clips are equal."""
+    if not balance:
+        return None
+    names = [i.group or str(i.file) for i in items]
+    sizes = Counter(names)
+    weights = np.asarray([float(sizes[n]) for n in names]) ** -balance
+    return np.cumsum(weights / weights.sum()).astype(np.float32)
+
+
+def draw(key: PRNGKeyArray, n: int, clips: int, cumulative: Float[Array, "N"] | None) -> Int[Array, "B"]:
+    """`n` of `clips` clips, by their shares."""
+    if cumulative is None:
+        return jax.random.randint(key, (n,), 0, clips)
+    rows = jnp.searchsorted(cumulative, jax.random.uniform(key, (n,)) * cumulative[-1], side="right")
+    return jnp.minimum(rows, clips - 1)

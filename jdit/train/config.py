@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 RECIPES = Path(__file__).parent / "recipes"
-STAGES = ("vae", "text", "flow", "video_vae", "video_flow")
+STAGES = ("vae", "text", "flow", "video_vae", "video_flow", "video_animate")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,6 +18,7 @@ class Data:
     Attributes:
         folder: pictures with captions, see `jdit.train.data.read`, or clips, see `jdit.train.clips`.
         size: side of the training pictures, in pixels. frames: of a clip (video stages only).
+        segment: how many of these frames, which are one loop, "video_animate" makes at once.
         batch: pictures a step, over all devices.
         flip: mirror half of the pictures (autoencoder only; flow training would learn mirrored writing).
         mix: shares of a batch: plain pictures, recoloured, on a coloured background, both. Without transparency and
@@ -25,17 +26,21 @@ class Data:
         backgrounds: coloured backgrounds a picture (of those in jdit.train.colour), the plain one not counted.
         held_out: file of "colour noun" lines that are never trained, beside the config or a path; "" for none.
         empty: share of empty captions (guidance dropout).
+        balance: 0 draws clips evenly, 1 the groups that the metadata name (video stages); between, a group of n clips
+            has n ** (1 - balance) shares.
     """
 
     folder: str = ""
     size: int = 128
     frames: int = 17
+    segment: int = 17
     batch: int = 256
     flip: bool = False
     mix: tuple[float, ...] = (1.0, 0.0, 0.0, 0.0)
     backgrounds: int = 9
     held_out: str = ""
     empty: float = 0.1
+    balance: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +75,7 @@ class Run:
         chunk: steps a dispatch; the host looks in between. log, save, sheet: seconds from one to the next.
         devices: 0 takes all. attention: backend to try first (jdit.nn.attention).
         remat: "dots" recomputes all but products in the backward pass, "none" keeps everything.
+        portable: keep a small copy of the last checkpoint too, see `jdit.train.portable`.
         prompts, guidance, sheet_steps: of the sample sheets. evaluate: captions that are generated to measure recall.
     """
 
@@ -86,6 +92,7 @@ class Run:
     devices: int = 0
     attention: str = ""
     remat: str = "none"
+    portable: bool = False
     prompts: tuple[str, ...] = ()
     guidance: float = 4.0
     sheet_steps: int = 20
@@ -97,12 +104,14 @@ class Config:
     """One training run.
 
     Attributes:
-        stage: "vae" (autoencoder), "text" (two CLIP text encoders), "flow" (MMDiT), "video_vae" (Wan's autoencoder) or
-            "video_flow" (Wan's transformer and a UMT5 text encoder).
+        stage: "vae" (autoencoder), "text" (two CLIP text encoders), "flow" (MMDiT), "video_vae" (Wan's autoencoder),
+            "video_flow" (Wan's transformer and a UMT5 text encoder) or "video_animate" (Wan-Animate's transformer and
+            a CLIP image encoder).
         model: architecture, the fields of the stage's config class. loss: weights of the stage's loss terms.
-        encoder: architecture of the text encoder that "video_flow" trains too, see `jdit.train.video_flow`.
-        vae, text: folders that the earlier stages wrote, or a diffusers folder that has them (flow).
-        init: component folder in diffusers layout to start from, or a folder that has it (two, in "video_flow"); ""
+        encoder: architecture of the text encoder that "video_flow" trains too, or of the image encoder that
+            "video_animate" trains, see these modules.
+        vae, text: folders that the earlier stages wrote, or a diffusers folder that has them.
+        init: component folder in diffusers layout to start from, or a folder that has it (two, in the last two); ""
             starts from random weights.
         path: the file that this was read from.
     """
@@ -228,6 +237,8 @@ def _check(c: Config) -> list[str]:
     for name in ("batch", "size", "frames"):
         if getattr(c.data, name) < 1:
             problems.append(f"data.{name} must be at least 1")
+    if not 0 <= c.data.balance <= 1:
+        problems.append(f"data.balance = {c.data.balance}: from 0 (clips evenly) to 1 (groups evenly)")
     if c.run.chunk < 1:
         problems.append("run.chunk must be at least 1")
     return problems

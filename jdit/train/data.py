@@ -1,8 +1,8 @@
 """A folder of pictures with captions.
 
 Either metadata.jsonl with a line a picture, {"file_name", "text"}, optionally "captions" (a list: all that it may be
-called), "split" ("train" or "val"), "noun", "hue", "value" (see recipes/fluent_image/prepare.py); or NAME.txt beside
-NAME.png, each line of which is a caption.
+called), "split" ("train" or "val"), "group", "noun", "hue", "value" (see recipes/fluent_image/prepare.py); or NAME.txt
+beside NAME.png, each line of which is a caption.
 """
 
 import json
@@ -20,6 +20,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 class Item(NamedTuple):
     """One picture's record.
 
+    group: of those that `data.balance` counts together; "" is a group of its own.
     noun: what a recoloured copy is called, "" for none. hue (turns) and value: its main colour.
     """
 
@@ -30,6 +31,7 @@ class Item(NamedTuple):
     noun: str
     hue: float
     value: float
+    group: str = ""
 
 
 class Pictures(NamedTuple):
@@ -76,7 +78,7 @@ def _from_metadata(meta: Path) -> tuple[list[Item], list[str]]:
             items.append(
                 Item(
                     meta.parent / row["file_name"], text, captions, row.get("split", "train"), row.get("noun", ""),
-                    float(row.get("hue", 0)), float(row.get("value", 0)),
+                    float(row.get("hue", 0)), float(row.get("value", 0)), row.get("group", ""),
                 )
             )  # fmt: skip
         except (ValueError, KeyError, TypeError) as e:

@@ -59,9 +59,27 @@ WAN = Layout(
     },
 )
 
+WAN_ANIMATE = Layout(
+    {
+        "vae": "fluent-video/vae", "tokenizer": "fluent-video/wan", "text_encoder": "fluent-video/wan",
+        "image_encoder": "animate", "image_processor": "animate", "transformer": "animate",
+    },
+    {
+        "_class_name": "WanAnimatePipeline",
+        "_diffusers_version": "0.36.0",
+        "image_encoder": ["transformers", "CLIPVisionModel"],
+        "image_processor": ["transformers", "CLIPImageProcessor"],
+        "scheduler": _SCHEDULER_CLASS,
+        "text_encoder": ["transformers", "UMT5EncoderModel"],
+        "tokenizer": ["transformers", "T5TokenizerFast"],
+        "transformer": ["diffusers", "WanAnimateTransformer3DModel"],
+        "vae": ["diffusers", "AutoencoderKLWan"],
+    },
+)  # fmt: skip
+
 
 def export(stages: dict[str, Path], out: str | Path, *, layout: Layout = SD3, overwrite: bool = False) -> Path:
-    """Write a pipeline that diffusers' StableDiffusion3Pipeline (or WanPipeline) and jdit load.
+    """Write a pipeline that diffusers' StableDiffusion3Pipeline (WanPipeline, WanAnimatePipeline) and jdit load.
 
     Args:
         stages: stage -> the folder of that run.
@@ -75,7 +93,11 @@ def export(stages: dict[str, Path], out: str | Path, *, layout: Layout = SD3, ov
     with whole(out, overwrite=overwrite) as folder:
         for part, source in sources.items():
             shutil.copytree(source, folder / part)
-            if part.startswith("text_encoder"):  # else transformers loads bfloat16 where diffusers loads float32
+            if part in (
+                "text_encoder",
+                "text_encoder_2",
+                "image_encoder",
+            ):  # else transformers loads bfloat16 where diffusers loads float32
                 config = json.loads((source / "config.json").read_text())
                 write_file(folder / part / "config.json", json.dumps(config | {"dtype": "float32"}, indent=2) + "\n")
         (folder / "scheduler").mkdir()

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from jdit.atomic import write_file
 from jdit.sharding import make_mesh
+from jdit.train import portable
 from jdit.train.config import Config, Optim
 from jdit.train.nets import Weights, preferring
 
@@ -182,6 +183,11 @@ def restore(path: Path, like: State) -> State:
     return jax.tree.unflatten(jax.tree.structure(like), list(found.values()))
 
 
+def unpacked(folder: Path, like: State) -> State:
+    """The state of a portable checkpoint, placed as `like` is."""
+    return jax.tree.unflatten(jax.tree.structure(like), list(portable.read(folder, _flat(like)).values()))
+
+
 # --------------------------------------------------------------------------------------------- the loop
 
 
@@ -239,7 +245,7 @@ def train(make: Callable[[Config], Task], cfg: Config, *, resume: bool = False) 
         ValueError: no length given, a checkpoint that does not fit, or nothing to resume.
         FloatingPointError: the loss is no longer finite. The last checkpoint is from before.
     """
-    run, folder = cfg.run, Path(cfg.run.folder)
+    run, folder, begun = cfg.run, Path(cfg.run.folder), time.monotonic()
     if not run.steps and not run.minutes:
         raise ValueError("the length of the run is not known: set run.steps or run.minutes (--steps, --minutes)")
     found = checkpoints(folder)
@@ -256,25 +262,29 @@ def train(make: Callable[[Config], Task], cfg: Config, *, resume: bool = False) 
         state = jax.device_put(init_state(task.init(), cfg.optim, total), everywhere)
         data = jax.device_put(task.data, everywhere)
         task.data = data
-        if found:
-            state = restore(found[-1], state)
-            log.info("resumed at step %d from %s", int(state.step), found[-1])
+        source = found[-1] if found else folder / portable.FILE
+        if found or (resume and source.is_file()):
+            state = restore(source, state) if found else unpacked(folder, state)
+            log.info("resumed at step %d from %s", int(state.step), source)
             if run.steps:
                 state = state._replace(total=jax.device_put(jnp.int32(run.steps), everywhere))
         chunk = jax.jit(make_chunk(task, cfg.optim, run.seed), donate_argnums=0, out_shardings=everywhere)
-        return _loop(task, cfg, folder, state, data, chunk, stop, everywhere)
+        return _loop(task, cfg, folder, state, data, chunk, stop, everywhere, begun)
 
 
-def _loop(task, cfg: Config, folder: Path, state: State, data, chunk, stop: _Stop, everywhere) -> Result:
+def _loop(task, cfg: Config, folder: Path, state: State, data, chunk, stop: _Stop, everywhere, begun) -> Result:
     run = cfg.run
     step, total = int(state.step), int(state.total)
     clock = _Clock(float(state.seconds))
     last = dict.fromkeys(("log", "save", "sheet"), time.monotonic())
-    started, figures = time.monotonic(), {}
+    figures: dict[str, float] = {}
     due = lambda what: time.monotonic() - last[what] >= getattr(run, what)
 
     def keep():
-        path = save(folder, state._replace(seconds=jax.device_put(jnp.float32(clock.seconds), everywhere)))
+        now = state._replace(seconds=jax.device_put(jnp.float32(clock.seconds), everywhere))
+        path = save(folder, now)
+        if run.portable:
+            portable.write(folder, _flat(now))
         last["save"] = time.monotonic()
         return path
 
@@ -294,11 +304,11 @@ def _loop(task, cfg: Config, folder: Path, state: State, data, chunk, stop: _Sto
             speed = "" if not rate else f" {rate:.2f} steps/s {rate * task.examples:.0f} pictures/s"
             log.info("step %d/%s %s%s", step, total if total < OPEN else "?", _line(figures), speed)
             last["log"] = time.monotonic()
-        over = run.stop_after and time.monotonic() - started >= 60 * run.stop_after
+        over = run.stop_after and time.monotonic() - begun >= 60 * run.stop_after
         if step < total and (stop.asked or over):
             path = keep()
             log.info("stopped at step %d of %d; saved %s; go on with --resume", step, total, path)
-            figures |= _sheet(task, state.ema, folder, step) | task.finish(state.ema, folder)
+            figures |= task.finish(state.ema, folder)
             return Result(folder, step, False, figures)
         if due("save"):
             keep()
@@ -308,6 +318,7 @@ def _loop(task, cfg: Config, folder: Path, state: State, data, chunk, stop: _Sto
     keep()
     figures |= _sheet(task, state.ema, folder, step)
     figures |= task.finish(state.ema, folder)
+    (folder / portable.FILE).unlink(missing_ok=True)
     record = {"steps": step, "minutes": clock.seconds / 60, "devices": jax.device_count(), **figures}
     write_file(folder / RESULT, json.dumps(record, indent=2) + "\n")
     log.info("done: %d steps in %.1f minutes; %s; result in %s", step, clock.seconds / 60, _line(figures), folder)

@@ -18,7 +18,7 @@ from jaxtyping import Array
 from convert.component import Component
 from convert.convert import kept
 from convert.readers import open_folder
-from convert.registry import COMPONENTS, LIBRARY
+from convert.registry import COMPONENTS
 from convert.stream import load_leaves
 from convert.write import write_back
 from jdit.nn import attention
@@ -107,7 +107,7 @@ class Net:
     def write(self, folder: str | Path, weights: Mapping[str, Array], dtype: str = "bfloat16") -> None:
         """A component folder in diffusers layout."""
         host: dict[str, Any] = {k: np.asarray(v) for k, v in {**weights, **self.fixed}.items()}
-        stem = "model" if LIBRARY[self.component.upstream_class] == "transformers" else "diffusion_pytorch_model"
+        stem = "model" if self.component.library == "transformers" else "diffusion_pytorch_model"
         cfg = self._master
         upstream, keep = self.component.upstream_config(cfg), kept(cfg)
         write_back(folder, host, self.component.rules(cfg), upstream, stem=stem, dtype=dtype, keep=keep)

@@ -18,7 +18,7 @@ SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timest
 """The scheduler that a trained model is written with: times are those of training, unshifted."""
 Predict = Callable[[Weights, Array, Array, Any], Array]
 BATCH = 64
-"""Pictures at once; more than a quarter of it are filled up to it, so that few sizes are compiled."""
+"""Pictures at once; a quarter of it or more are filled up to it, so that few sizes are compiled."""
 
 
 class Sampler:
@@ -47,7 +47,7 @@ class Sampler:
     def latents(self, weights: Weights, text: Any, *, guidance: float, seed: int) -> Float[Array, "B *h C"]:
         """Normalised latents of texts 1..B; row 0 of every array of `text` is the empty text."""
         n = len(jax.tree.leaves(text)[0]) - 1
-        size = BATCH if 4 * n > BATCH else n
+        size = BATCH if 4 * n >= BATCH else n
         out = []
         for start in range(0, n, size):
             rows = np.minimum(np.arange(start, start + size), n - 1) + 1
@@ -59,7 +59,7 @@ class Sampler:
     def pictures(self, weights: Weights, text: Any, *, guidance: float, seed: int) -> UInt8[np.ndarray, "B *H 3"]:
         """`latents`, decoded."""
         z = self.latents(weights, text, guidance=guidance, seed=seed)
-        size = BATCH if 4 * len(z) > BATCH else len(z)
+        size = BATCH if 4 * len(z) >= BATCH else len(z)
         parts = []
         for start in range(0, len(z), size):
             rows = np.minimum(np.arange(start, start + size), len(z) - 1)

@@ -1,24 +1,27 @@
 """A recipe of several runs: one after another, each from where it stands, then the export."""
 
-import argparse
+import io
 import logging
-import shutil
 import tarfile
 import time
 from pathlib import Path
 from typing import NamedTuple
 
-from jdit.train import run
+from jdit.train import portable, run
 from jdit.train.export import Layout, export
-from jdit.train.loop import RESULT, checkpoints
+from jdit.train.loop import RESULT
 
 log = logging.getLogger("jdit")
+
+PART = 15 * 2**20
+"""Largest file that `pack` writes, in bytes."""
 
 
 class Recipe(NamedTuple):
     """name: of the recipe and its runs' folder. layout: the stages and what each gives, see `jdit.train.export`.
 
-    needs: config keys of a stage, and the stage whose folder each names.
+    needs: config keys of a stage, and the stage whose folder each names. A stage of another recipe is called
+    "recipe/stage"; its folder is looked for beside this recipe's work folder, and is neither run nor packed here.
     """
 
     name: str
@@ -27,85 +30,99 @@ class Recipe(NamedTuple):
 
     @property
     def stages(self) -> tuple[str, ...]:
-        """In the order in which they run."""
-        return tuple(dict.fromkeys(self.layout.parts.values()))
+        """Those of this recipe, in the order in which they run."""
+        return tuple(dict.fromkeys(s for s in self.layout.parts.values() if "/" not in s))
 
     def parts(self, stage: str) -> list[str]:
         """The components that a stage gives."""
         return [p for p, s in self.layout.parts.items() if s == stage]
 
+    def folder(self, work: Path, stage: str) -> Path:
+        """Where a stage's run is."""
+        return work.parent / stage if "/" in stage else work / stage
 
-def pack(recipe: Recipe, work: Path, to: Path) -> None:
-    """A .tar of each stage's result, its log and its last sample sheet."""
+
+def pack(recipe: Recipe, work: Path, to: Path) -> list[Path]:
+    """All results, logs and last sample sheets, and of an unfinished stage the portable checkpoint: one archive in
+    parts of at most `PART` bytes, and log.txt."""
     to.mkdir(parents=True, exist_ok=True)
-    for stage in recipe.stages:
-        folder = work / stage
-        if any((folder / p).is_dir() for p in recipe.parts(stage)):
-            with tarfile.open(to / f"{stage}.tar", "w") as tar:
-                for name in (*recipe.parts(stage), RESULT, "config.json", "log.txt"):
-                    if (folder / name).exists():
-                        tar.add(folder / name, f"{stage}/{name}")
-        if sheets := sorted((folder / "sheets").glob("*.png")):
-            shutil.copy(sheets[-1], to / f"{stage}.png")
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w") as tar:
+        for stage in recipe.stages:
+            folder = work / stage
+            names = [RESULT, "config.json", "log.txt"]
+            if (folder / RESULT).is_file():
+                names += recipe.parts(stage)
+            elif (folder / portable.FILE).is_file():
+                names += [portable.FILE, *(p for p in recipe.parts(stage) if p.startswith("tokenizer"))]
+            names += [f"sheets/{p.name}" for p in sorted((folder / "sheets").glob("*.png"))[-1:]]
+            for name in names:
+                if (folder / name).exists():
+                    tar.add(folder / name, f"{stage}/{name}")
+    for old in to.glob("results.tar.*"):
+        old.unlink()
+    data, out = archive.getbuffer(), []
+    for n, start in enumerate(range(0, len(data), PART)):
+        out.append(to / f"results.tar.{n:02d}")
+        out[-1].write_bytes(data[start : start + PART])
     logs = [f"== {s}\n{(work / s / 'log.txt').read_text()}" for s in recipe.stages if (work / s / "log.txt").is_file()]
     (to / "log.txt").write_text("\n".join(logs))
+    log.info("packed %.1f MiB in %d parts in %s", len(data) / 2**20, len(out), to)
+    return out
 
 
 def unpack(recipe: Recipe, source: Path, work: Path) -> None:
-    """Put packed stages into a work folder; what is already there stays."""
-    for stage in recipe.stages:
-        if (tar := source / f"{stage}.tar").is_file() and not (work / stage).exists():
-            with tarfile.open(tar) as archive:
-                archive.extractall(work, filter="data")
+    """Put packed stages into a work folder; a stage that is already there stays.
+
+    Raises:
+        ValueError: nothing to unpack.
+    """
+    parts = sorted(source.glob("results.tar.*"))
+    if not parts:
+        raise ValueError(f"{source}: no results.tar.00 there, as --pack writes it")
+    there = {s for s in recipe.stages if (work / s).exists()}
+    work.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(fileobj=io.BytesIO(b"".join(p.read_bytes() for p in parts))) as archive:
+        members = [m for m in archive.getmembers() if m.name.partition("/")[0] not in there]
+        archive.extractall(work, members, filter="data")
 
 
 def train_stage(
     recipe: Recipe, stage: str, work: Path, overrides: list[str], minutes: float | None, stop_after: float
 ) -> bool:
-    """Run or resume one stage; whether it is finished. Without a checkpoint it starts from unpacked weights, if any."""
+    """Run or resume one stage; whether it is finished.
+
+    Raises:
+        ValueError: a stage that it needs is not finished.
+    """
     folder = work / stage
     if (folder / RESULT).is_file():
         return True
-    settings = [f'run.folder="{folder}"', f"run.stop_after={stop_after}"]
-    settings += [f'{key}="{work / other}"' for key, other in recipe.needs.get(stage, {}).items()]
-    nets = [p for p in recipe.parts(stage) if not p.startswith("tokenizer") and (folder / p).is_dir()]
-    if recipe.needs.get(stage) and nets and not checkpoints(folder):
-        for part in nets:
-            shutil.copytree(folder / part, folder / "start" / part, dirs_exist_ok=True)
-        settings.append(f'init="{folder / "start"}"')
+    settings = [f'run.folder="{folder}"', f"run.stop_after={stop_after}", "run.portable=true"]
+    for key, other in recipe.needs.get(stage, {}).items():
+        source = recipe.folder(work, other)
+        if not (source / RESULT).is_file():
+            raise ValueError(f"{recipe.name}/{stage} needs {other} first: {source / RESULT} is missing")
+        settings.append(f'{key}="{source}"')
     return run(f"{recipe.name}/{stage}", [*settings, *overrides], minutes=minutes, resume=True).finished
 
 
-def main(recipe: Recipe, doc: str | None) -> None:
-    """The recipe's command line."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path("runs") / recipe.name)
-    parser.add_argument("--stages", nargs="+", choices=recipe.stages, default=recipe.stages)
-    parser.add_argument("--minutes", type=float, help="length of each of these stages, instead of the recipe's")
-    parser.add_argument("--stop-after", type=float, default=0.0, help="minutes after which this call saves and stops")
-    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--out", type=Path, help="write the finished pipeline here, as a diffusers folder")
-    parser.add_argument("--pack", type=Path, help="write the results here, one .tar a stage")
-    parser.add_argument("--unpack", type=Path, help="first take results packed earlier from here")
-    args = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
-    logging.getLogger("absl").setLevel(logging.WARNING)
+def run_stages(
+    recipe: Recipe, work: Path, stages: tuple[str, ...], *, minutes: float | None = None, stop_after: float = 0.0,
+    overrides: list[str] | None = None,
+) -> bool:  # fmt: skip
+    """Run stages one after another for at most `stop_after` minutes (0: without end); whether all are finished."""
     start = time.monotonic()
-    if args.unpack:
-        unpack(recipe, args.unpack, args.work)
-    finished = True
-    try:
-        for stage in args.stages:
-            left = args.stop_after - (time.monotonic() - start) / 60 if args.stop_after else 0.0
-            if args.stop_after and left < 0.2:
-                finished = False
-                break
-            finished = train_stage(recipe, stage, args.work, args.overrides, args.minutes, left)
-            if not finished:
-                break
-    finally:
-        if args.pack:
-            pack(recipe, args.work, args.pack)
-    if args.out and finished:
-        folders = {s: args.work / s for s in recipe.stages}
-        log.info("wrote %s", export(folders, args.out, layout=recipe.layout, overwrite=True))
+    for stage in stages:
+        left = stop_after - (time.monotonic() - start) / 60 if stop_after else 0.0
+        if stop_after and left < 0.2 and not (work / stage / RESULT).is_file():
+            return False
+        if not train_stage(recipe, stage, work, overrides or [], minutes, left):
+            return False
+    return True
+
+
+def finish(recipe: Recipe, work: Path, out: Path) -> Path:
+    """The finished pipeline as a diffusers folder."""
+    folders = {s: recipe.folder(work, s) for s in dict.fromkeys(recipe.layout.parts.values())}
+    return export(folders, out, layout=recipe.layout, overwrite=True)

@@ -59,8 +59,10 @@ class VideoFlowTask:
         configs = {"transformer": self._wan(text.width), "text_encoder": text}
         self.nets = {name: Net(NETS[name], c, cfg.run.dtype) for name, c in configs.items()}
         self.examples = cfg.data.batch
-        self.data: Any = {"latents": self._latents(), "of": self.texts.of, "text": self.tokens(self.texts.texts)}
-        self.data = everywhere(self.data)
+        self.data: Any = everywhere({
+            "latents": self._latents(), "of": self.texts.of, "text": self.tokens(self.texts.texts),
+            "shares": clips.shares(self.train.items, cfg.data.balance),
+        })  # fmt: skip
         shape = self.data["latents"].shape[1:]
         self.sampler = Sampler(self._predict, shape, self.vae, self.vae_weights, cfg.run.sheet_steps)
         log.info("%d clips, %d captions, %d pieces", *self.texts.of.shape[:1], len(self.texts.texts), text.vocab_size)
@@ -94,30 +96,12 @@ class VideoFlowTask:
         return latents
 
     def init(self) -> Weights:
-        """Random weights; the last layer and what time adds to modulation start at zero."""
-        out: Weights = {}
-        for n, (name, net) in enumerate(self.nets.items()):
-            if self.cfg.init:
-                weights = net.read(component(self.cfg.init, name))
-            else:
-                weights = net.init(self.cfg.run.seed + n)
-                weights = {k: jnp.zeros_like(v) if k.startswith(("final.", "time_mod.")) else v
-                           for k, v in weights.items()}  # fmt: skip
-                if name == "text_encoder":  # its scores are not divided by the root of the head dim
-                    qkv = weights["blocks.qkv.kernel"]
-                    weights["blocks.qkv.kernel"] = qkv.at[..., 0, :].multiply(net.cfg.kv**-0.5)
-            log.info("%s", net.describe(weights))
-            out |= {f"{name}.{k}": v for k, v in weights.items()}
-        return out
-
-    def part(self, params: Weights, name: str) -> Weights:
-        """The weights of one network."""
-        return {k.removeprefix(f"{name}."): v for k, v in params.items() if k.startswith(f"{name}.")}
+        return start(self.nets, self.cfg)
 
     def _predict(self, weights: Weights, x, t, text) -> Array:
         """The velocity at latents x and timesteps t; text as `tokens` gives it."""
         tokens, lengths = text
-        wan, encoder = (self.nets[n].build(self.part(weights, n)) for n in ("transformer", "text_encoder"))
+        wan, encoder = (self.nets[n].build(part(weights, n)) for n in NETS)
         states = jnp.pad(encoder.padded(tokens, lengths), ((0, 0), (0, 1), (0, 0)))
         counts = jnp.ones(states.shape[1]).at[-1].set(CONTEXT - tokens.shape[1])
         context = wan.embed_context(states, counts=counts)
@@ -126,7 +110,7 @@ class VideoFlowTask:
     def loss(self, params: Weights, data, key):
         n, rules = self.examples, Rules()
         keys = jax.random.split(key, 5)
-        clip = shard(jax.random.randint(keys[0], (n,), 0, len(data["of"])), "batch", rules=rules)
+        clip = shard(clips.draw(keys[0], n, len(data["of"]), data["shares"]), "batch", rules=rules)
         caption = data["of"][clip, jax.random.randint(keys[1], (n,), 0, data["of"].shape[1])]
         caption = jnp.where(jax.random.bernoulli(keys[2], self.cfg.data.empty, (n,)), 0, caption)
         x0 = shard(data["latents"][clip], "batch", None, None, None, None, rules=rules).astype(jnp.float32)
@@ -161,8 +145,31 @@ class VideoFlowTask:
 
     def finish(self, ema: Weights, folder: Path) -> dict[str, float]:
         for name, net in self.nets.items():
-            net.write(folder / name, self.part(ema, name))
+            net.write(folder / name, part(ema, name))
         return {}
+
+
+def start(nets: dict[str, Net], cfg: Config) -> Weights:
+    """Weights of several networks, their names before the paths: `init`'s, or random ones, where the last layer and
+    what time adds to modulation start at zero."""
+    out: Weights = {}
+    for n, (name, net) in enumerate(nets.items()):
+        if cfg.init:
+            weights = net.read(component(cfg.init, name))
+        else:
+            weights = net.init(cfg.run.seed + n)
+            weights = {k: jnp.zeros_like(v) if k.startswith(("final.", "time_mod.")) else v for k, v in weights.items()}
+            if name == "text_encoder":  # its scores are not divided by the root of the head dim
+                qkv = weights["blocks.qkv.kernel"]
+                weights["blocks.qkv.kernel"] = qkv.at[..., 0, :].multiply(net.cfg.kv**-0.5)
+        log.info("%s", net.describe(weights))
+        out |= {f"{name}.{k}": v for k, v in weights.items()}
+    return out
+
+
+def part(params: Weights, name: str) -> Weights:
+    """The weights of one network."""
+    return {k.removeprefix(f"{name}."): v for k, v in params.items() if k.startswith(f"{name}.")}
 
 
 def motion(clips: np.ndarray) -> float:

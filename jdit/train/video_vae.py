@@ -39,7 +39,7 @@ class VideoVAETask:
         self.net = Net("AutoencoderKLWan", self._model(), cfg.run.dtype)
         self.train, val = clips.read(cfg.data.folder, cfg.data.frames, cfg.data.size)
         self.val = val if val.items else self.train
-        self.data = everywhere(self.train.frames)
+        self.data = everywhere((self.train.frames, clips.shares(self.train.items, cfg.data.balance)))
         self._round_trip = jax.jit(self._there_and_back)
         self.examples = cfg.data.batch
 
@@ -63,10 +63,11 @@ class VideoVAETask:
 
     def _clips(self, data, key) -> Float[Array, "B T S S 3"]:
         """Random clips in [-1, 1]: another frame of the loop first, shifted, mirrored."""
-        n, (_, t, size, _, _) = self.examples, data.shape
+        frames, shares = data
+        n, (_, t, size, _, _) = self.examples, frames.shape
         keys = jax.random.split(key, 4)
-        index = shard(jax.random.randint(keys[0], (n,), 0, len(data)), "batch", rules=Rules())
-        x = jnp.pad(data[index], ((0, 0), (0, 0), (MARGIN, MARGIN), (MARGIN, MARGIN), (0, 0)), mode="edge")
+        index = shard(clips.draw(keys[0], n, len(frames), shares), "batch", rules=Rules())
+        x = jnp.pad(frames[index], ((0, 0), (0, 0), (MARGIN, MARGIN), (MARGIN, MARGIN), (0, 0)), mode="edge")
         corner = jax.random.randint(keys[1], (n, 2), 0, 2 * MARGIN + 1)
         cut = lambda clip, at: jax.lax.dynamic_slice(clip, (0, at[0], at[1], 0), (t, size, size, 3))
         x = jax.vmap(cut)(x, corner)
@@ -114,7 +115,7 @@ class VideoVAETask:
 
     def finish(self, ema: Weights, folder: Path) -> dict[str, float]:
         """Measure each channel of the latents, write the component with these statistics."""
-        z = self._through(ema, self.data)[0]
+        z = self._through(ema, self.data[0])[0]
         flat = z.reshape(-1, z.shape[-1])
         mean, std = tuple(map(float, flat.mean(0))), tuple(map(float, flat.std(0)))
         net = Net("AutoencoderKLWan", dataclasses.replace(self.net.cfg, mean=mean, std=std), self.cfg.run.dtype)
