@@ -61,8 +61,8 @@ class AutoencoderKLCogVideoXConfig:
         channels: width of each level, finest first; each further level halves rows and columns.
         layers: residual blocks a level in the encoder (the decoder has one more).
         groups: groups of each group norm. eps: of the norms in the encoder's residual blocks; the others have 1e-6.
-        time_factor: pixel frames of a latent frame; the first log2 of it levels (last, in the decoder: the coarsest
-            ones) halve the frames.
+        time_factor: pixel frames of a latent frame; as many levels as its binary logarithm, rounded down, halve the
+            frames.
         scale: latents are handed to the transformer as z * scale.
         invert_scale: a picture that the transformer is conditioned on is divided by `scale` instead (1.5): for
             pipelines, `normalise` does not read it.
@@ -124,13 +124,18 @@ class AutoencoderKLCogVideoXConfig:
 
     @property
     def halvings(self) -> int:
-        """Levels that halve the frames, of the finest in the encoder, and double them, of the coarsest in the decoder."""
+        """Levels that halve the frames: the finest of the encoder, and, doubling them, the coarsest of the decoder."""
         return min(int(math.log2(self.time_factor)), len(self.channels) - 1)
 
     @property
     def frame_factors(self) -> Pair:
         """Frames that become one latent frame, and that a latent frame becomes (but for the first)."""
         return 2**self.halvings, 2**self.halvings
+
+    def frames(self, latent_frames: int) -> int:
+        """Frames that this many latent frames become."""
+        odd = latent_frames % 2
+        return odd + (latent_frames - odd) * self.frame_factors[1]
 
     @property
     def tiles(self) -> ShareTiles:
