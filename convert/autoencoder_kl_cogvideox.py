@@ -155,6 +155,6 @@ def original_config(
     return AutoencoderKLCogVideoXConfig(
         in_channels=need("encoder.conv_in.conv.weight")[1], out_channels=need("decoder.conv_out.conv.weight")[0],
         channels=tuple(need(f"encoder.down.{i}.block.0.conv1.conv.weight")[0] for i in range(levels)),
-        latent_channels=need("decoder.conv_in.conv.weight")[1], layers=layers, scale=scale, invert_scale=invert_scale, dtype=dtype,
-        rules=rules,
+        latent_channels=need("decoder.conv_in.conv.weight")[1], layers=layers, scale=scale,
+        invert_scale=invert_scale, dtype=dtype, rules=rules,
     )  # fmt: skip
