@@ -6,13 +6,14 @@ from typing import Any
 
 from convert import autoencoder_kl as kl
 from convert import autoencoder_kl_wan as wan_vae
-from convert import clip, clip_vision, sd3, t5, wan
+from convert import clip, clip_vision, cogvideox, sd3, t5, wan
 from convert.component import Component
 from convert.families import sd3 as sd3_family
 from convert.families import wan as wan_family
 from convert.family import Family
 from convert.layout import Signature
 from convert.table import Rule
+from jdit.nn.cogvideox import CogVideoX
 from jdit.nn.mmdit import MMDiT
 from jdit.nn.text.clip import CLIPText
 from jdit.nn.text.t5 import T5
@@ -52,6 +53,7 @@ COMPONENTS: dict[str, Component] = {
         _t5("T5EncoderModel"),
         _t5("UMT5EncoderModel"),
         Component("WanTransformer3DModel", Wan, wan.config, wan.upstream_config, wan.rules),
+        Component(cogvideox.CLASS, CogVideoX, cogvideox.config, cogvideox.upstream_config, cogvideox.rules),
     )
 }  # fmt: skip
 """Upstream class -> component."""

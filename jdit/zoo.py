@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from flax import nnx
 
+from jdit.nn.cogvideox import CogVideoX, CogVideoXConfig
 from jdit.nn.mmdit import MMDiT, MMDiTConfig
 from jdit.nn.text.clip import CLIPText, CLIPTextConfig
 from jdit.nn.text.t5 import T5, T5Config
@@ -37,6 +38,7 @@ MODULES: dict[type, type[nnx.Module]] = {
     T5Config: T5,
     CLIPVisionConfig: CLIPVision,
     WanConfig: Wan,
+    CogVideoXConfig: CogVideoX,
 }
 
 _FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
