@@ -3,20 +3,22 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from convert import ops
 from convert.table import ALL, ConversionError, Rule
 from jdit.nn.wan import WanConfig
 from jdit.sharding import Rules
 
-_FIELDS = {  # upstream's name -> ours
+FIELDS = {  # upstream's name -> ours
     "patch_size": "patch", "num_attention_heads": "heads", "attention_head_dim": "head_dim",
     "in_channels": "in_channels", "out_channels": "out_channels", "text_dim": "text_dim", "freq_dim": "freq_dim",
     "ffn_dim": "mlp", "num_layers": "layers", "cross_attn_norm": "cross_norm", "eps": "eps", "image_dim": "image_dim",
     "rope_max_seq_len": "max_positions", "pos_embed_seq_len": "image_positions",
 }  # fmt: skip
 _QK_NORM = "rms_norm_across_heads"
+CLASS = "WanTransformer3DModel"
+C = TypeVar("C", bound=WanConfig)
 
 
 def config(upstream: Mapping, *, dtype: str = "float32", rules: Rules = Rules()) -> WanConfig:
@@ -25,29 +27,45 @@ def config(upstream: Mapping, *, dtype: str = "float32", rules: Rules = Rules())
     Raises:
         ValueError: a field that is not known, or a value that is not supported.
     """
-    fields = {k: v for k, v in upstream.items() if not k.startswith("_")}
+    return read(CLASS, WanConfig, upstream, FIELDS, dtype=dtype, rules=rules)
+
+
+def read(
+    name: str, make: type[C], upstream: Mapping, names: Mapping[str, str], more: Sequence[str] = (), **values
+) -> C:
+    """A config of class `make` from a config.json of upstream's class `name`.
+
+    Args:
+        names: upstream's fields -> ours. more: fields that the caller has read itself into `values`, ours.
+    """
+    fields = {k: v for k, v in upstream.items() if not k.startswith("_") and k not in more}
     qk_norm, added = fields.pop("qk_norm", _QK_NORM), fields.pop("added_kv_proj_dim", None)
-    if unknown := sorted(set(fields) - set(_FIELDS)):
-        known = sorted({*_FIELDS, "qk_norm", "added_kv_proj_dim"})
-        raise ValueError(f"WanTransformer3DModel: unknown config fields {unknown}; known are {known}")
+    if unknown := sorted(set(fields) - set(names)):
+        known = sorted({*names, *more, "qk_norm", "added_kv_proj_dim"})
+        raise ValueError(f"{name}: unknown config fields {unknown}; known are {known}")
     if qk_norm not in (_QK_NORM, None):  # upstream normalises whatever it says
-        raise ValueError(f"WanTransformer3DModel: qk_norm={qk_norm!r} is not supported; it may be {_QK_NORM!r}")
-    values = {_FIELDS[k]: v for k, v in fields.items()}
-    values["patch"] = tuple(values.get("patch", WanConfig.patch))
-    values["out_channels"] = values.get("out_channels", WanConfig.out_channels) or values.get("in_channels")
-    cfg = WanConfig(**values, image_keys=added is not None, dtype=dtype, rules=rules)
+        raise ValueError(f"{name}: qk_norm={qk_norm!r} is not supported; it may be {_QK_NORM!r}")
+    values = {names[k]: v for k, v in fields.items()} | values
+    values["patch"] = tuple(values.get("patch", make.patch))
+    channels = values.get("in_channels", make.in_channels)
+    values["out_channels"] = values.get("out_channels", make.out_channels) or channels
+    cfg = make(**values, image_keys=added is not None)
     if added not in (None, cfg.width):
-        raise ValueError(f"WanTransformer3DModel: added_kv_proj_dim={added} must equal the width {cfg.width}")
+        raise ValueError(f"{name}: added_kv_proj_dim={added} must equal the width {cfg.width}")
     return cfg
 
 
 def upstream_config(cfg: WanConfig) -> dict:
     """The config.json that diffusers reads."""
-    out: dict[str, Any] = {up: getattr(cfg, ours) for up, ours in _FIELDS.items()}
+    return written(CLASS, cfg, FIELDS)
+
+
+def written(name: str, cfg: WanConfig, names: Mapping[str, str]) -> dict[str, Any]:
+    """The inverse of `read`."""
+    out: dict[str, Any] = {up: getattr(cfg, ours) for up, ours in names.items()}
     added = cfg.width if cfg.image_keys else None
     return {
-        "_class_name": "WanTransformer3DModel", **out, "patch_size": list(cfg.patch), "qk_norm": _QK_NORM,
-        "added_kv_proj_dim": added,
+        "_class_name": name, **out, "patch_size": list(cfg.patch), "qk_norm": _QK_NORM, "added_kv_proj_dim": added,
     }  # fmt: skip
 
 
@@ -73,7 +91,8 @@ ORIGINAL = {
 }  # fmt: skip
 
 
-def _dense(source: str, target: str, op=ops.linear, **kw) -> list[Rule]:
+def dense(source: str, target: str, op=ops.linear, **kw) -> list[Rule]:
+    """RULES of a dense layer's weight and bias."""
     return [Rule(f"{source}.weight", f"{target}.kernel", op, **kw), Rule(f"{source}.bias", f"{target}.bias", **kw)]
 
 
@@ -81,7 +100,8 @@ def _norm(source: str, target: str, **kw) -> list[Rule]:
     return [Rule(f"{source}.weight", f"{target}.scale", **kw), Rule(f"{source}.bias", f"{target}.bias", **kw)]
 
 
-def _fused(sources: Sequence[str], target: str, layers) -> list[Rule]:
+def fused(sources: Sequence[str], target: str, layers) -> list[Rule]:
+    """RULES of stacked dense layers that are one product here."""
     out = []
     for n, source in enumerate(sources):
         out.append(Rule(f"{source}.weight", f"{target}.kernel", ops.linear, (ALL, n), layers))
@@ -95,17 +115,17 @@ def _table(parts: int) -> ops.Op:
 
 def _edges(cfg: WanConfig, n: Mapping[str, str]) -> list[Rule]:
     out = [
-        *_dense(n["patch"], "patch", ops.patch_conv3d(cfg.patch, cfg.in_channels)),
-        *_dense(n["time"], "time.up"), *_dense(n["time_2"], "time.down"),
+        *dense(n["patch"], "patch", ops.patch_conv3d(cfg.patch, cfg.in_channels)),
+        *dense(n["time"], "time.up"), *dense(n["time_2"], "time.down"),
         Rule(f"{n['time_mod']}.weight", "time_mod.kernel", ops.fused_linear(6)),
         Rule(f"{n['time_mod']}.bias", "time_mod.bias", ops.fused_bias(6)),
-        *_dense(n["text"], "text.up"), *_dense(n["text_2"], "text.down"),
+        *dense(n["text"], "text.up"), *dense(n["text_2"], "text.down"),
         Rule(n["final_table"], "final_table", _table(2)),
-        *_dense(n["final"], "final"),
+        *dense(n["final"], "final"),
     ]  # fmt: skip
     if cfg.image_dim is not None:
         out += [*_norm(n["image_in"], "image.norm_in"), *_norm(n["image_out"], "image.norm_out")]
-        out += [*_dense(n["image"], "image.mlp.up"), *_dense(n["image_2"], "image.mlp.down")]
+        out += [*dense(n["image"], "image.mlp.up"), *dense(n["image_2"], "image.mlp.down")]
         if cfg.image_positions is not None:
             out.append(Rule(n["image_pos"], "image.pos", _table(cfg.image_positions)))
     return out
@@ -123,19 +143,19 @@ def block_rules(
     attn, cross = f"{prefix}.{n['self']}", f"{prefix}.{n['cross']}"
     out = [
         Rule(f"{prefix}.{n['table']}", f"{target}.table", _table(6), layers=at),
-        *_fused([f"{attn}.{n[x]}" for x in "qkv"], f"{target}.attn.qkv", at),
-        *_dense(f"{cross}.{n['q']}", f"{target}.cross.q", layers=at),
-        *_fused([f"{cross}.{n[x]}" for x in "kv"], f"{target}.cross.kv", at),
-        *_dense(f"{prefix}.{n['mlp']}", f"{target}.mlp.up", layers=at),
-        *_dense(f"{prefix}.{n['mlp_2']}", f"{target}.mlp.down", layers=at),
+        *fused([f"{attn}.{n[x]}" for x in "qkv"], f"{target}.attn.qkv", at),
+        *dense(f"{cross}.{n['q']}", f"{target}.cross.q", layers=at),
+        *fused([f"{cross}.{n[x]}" for x in "kv"], f"{target}.cross.kv", at),
+        *dense(f"{prefix}.{n['mlp']}", f"{target}.mlp.up", layers=at),
+        *dense(f"{prefix}.{n['mlp_2']}", f"{target}.mlp.down", layers=at),
     ]
     for theirs, ours in ((attn, f"{target}.attn"), (cross, f"{target}.cross")):
-        out += _dense(f"{theirs}.{n['out']}", f"{ours}.out", layers=at)
+        out += dense(f"{theirs}.{n['out']}", f"{ours}.out", layers=at)
         out += [Rule(f"{theirs}.norm_{x}.weight", f"{ours}.norm_{x}.scale", layers=at) for x in "qk"]
     if cfg.cross_norm:
         out += _norm(f"{prefix}.{n['norm']}", f"{target}.norm", layers=at)
     if cfg.image_keys:
-        out += _fused([f"{cross}.{n['image_k']}", f"{cross}.{n['image_v']}"], f"{target}.cross.image_kv", at)
+        out += fused([f"{cross}.{n['image_k']}", f"{cross}.{n['image_v']}"], f"{target}.cross.image_kv", at)
         out.append(Rule(f"{cross}.{n['norm_image_k']}.weight", f"{target}.cross.norm_image_k.scale", layers=at))
     return out
 
@@ -195,6 +215,24 @@ def original_config(
     Raises:
         ConversionError: a tensor that the architecture is read from is missing, or config.json does not fit.
     """
+    return read_original("Wan", WanConfig, shapes, release, dtype=dtype, rules=rules)
+
+
+def read_original(
+    name: str,
+    make: type[C],
+    shapes: Mapping[str, Sequence[int]],
+    release: Mapping[str, Any] | None,
+    fixed: Mapping[str, Any] | None = None,
+    unread: Sequence[str] = (),
+    **values,
+) -> C:
+    """`original_config` for a config of class `make`.
+
+    Args:
+        fixed: further fields of config.json and the only values that they may have. unread: fields without meaning.
+        values: what the caller has read off the shapes itself, ours.
+    """
     fields = {k: v for k, v in (release or {}).items() if not k.startswith("_")}
     told: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
     try:
@@ -202,22 +240,27 @@ def original_config(
         mlp, text = shapes["blocks.0.ffn.0.weight"][0], shapes["text_embedding.0.weight"][1]
         freq, out = shapes["time_embedding.0.weight"][1], shapes["head.head.weight"][0]
     except KeyError as e:
-        raise ConversionError(f"not a Wan transformer: tensor {e.args[0]} is missing") from None
+        raise ConversionError(f"not a {name} transformer: tensor {e.args[0]} is missing") from None
     heads = told.get("num_heads", max(1, width // HEAD_DIM))
     if not heads or width % heads:
-        raise ConversionError(f"a Wan transformer of width {width} cannot have num_heads={heads}")
+        raise ConversionError(f"a {name} transformer of width {width} cannot have num_heads={heads}")
     positions, image = shapes.get("img_emb.emb_pos"), shapes.get("img_emb.proj.0.weight")
-    cfg = WanConfig(
+    cfg = make(
         patch=(patch[0], patch[1], patch[2]), heads=heads, head_dim=width // heads, in_channels=channels,
-        out_channels=out // math.prod(patch), text_dim=text, freq_dim=freq, mlp=mlp,
-        layers=1 + max(int(m[1]) for k in shapes if (m := re.match(r"blocks\.(\d+)\.", k))),
+        out_channels=out // math.prod(patch), text_dim=text, freq_dim=freq, mlp=mlp, layers=count(shapes, "blocks"),
         cross_norm="blocks.0.norm3.weight" in shapes, eps=told.get("eps", 1e-6), image_dim=image[0] if image else None,
         image_keys="blocks.0.cross_attn.k_img.weight" in shapes, image_positions=positions[1] if positions else None,
-        dtype=dtype, rules=rules,
+        **values,
     )  # fmt: skip
-    own = _FIXED | {theirs: getattr(cfg, ours) for theirs, ours in _RELEASE.items()}
+    own = _FIXED | dict(fixed or {}) | {theirs: getattr(cfg, ours) for theirs, ours in _RELEASE.items()}
     wrong = [f"{k}={v!r} (it is {own[k]!r})" for k, v in told.items() if k in own and v != own[k]]
-    wrong += [f"{k}={v!r} (not known)" for k, v in told.items() if k not in (*own, *_UNREAD)]
+    wrong += [f"{k}={v!r} (not known)" for k, v in told.items() if k not in (*own, *_UNREAD, *unread)]
     if wrong:
-        raise ConversionError(f"config.json of this Wan transformer does not fit its tensors: {', '.join(wrong)}")
+        raise ConversionError(f"config.json of this {name} transformer does not fit its tensors: {', '.join(wrong)}")
     return cfg
+
+
+def count(shapes: Mapping[str, Any], prefix: str) -> int:
+    """How many numbered modules there are below `prefix`."""
+    pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
+    return 1 + max((int(m[1]) for k in shapes if (m := pattern.match(k))), default=-1)

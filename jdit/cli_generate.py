@@ -3,12 +3,13 @@
 import contextlib
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
+from jdit.cli_segments import write_segments
 from jdit.terminal import compilation_cache, err, import_jax, interruptible, parts_of, progress_bar, say
 
 EXAMPLES = """\b
@@ -19,7 +20,8 @@ Examples:
   jdit generate "a cat" --model stabilityai/stable-diffusion-3.5-medium --dtype bfloat16
   jdit generate "a castle" --model DIR --image sketch.png --strength 0.7
   jdit generate "a cat surfing" --model DIR --frames 81 --size 832x480 -o clip.mp4
-  jdit generate "the cat jumps" --model DIR --image first.png --last-image last.png -o clip.mp4"""
+  jdit generate "the cat jumps" --model DIR --image first.png --last-image last.png -o clip.mp4
+  jdit generate "she dances" --model DIR --image her.png --pose pose.mp4 --face face.mp4 -o dance.mp4"""
 
 
 class Size(click.ParamType):
@@ -71,6 +73,16 @@ def _mesh(text: str | None):
 @click.option("-n", "--num-outputs", type=click.IntRange(1), default=1, show_default=True, help="Results a prompt.")
 @click.option("--image", type=click.Path(path_type=Path), help="Start from this picture; a video's first frame.")
 @click.option("--last-image", "last_image", type=click.Path(path_type=Path), help="A video's last frame.")
+@click.option("--pose", "pose_video", type=click.Path(path_type=Path), help="Video of the poses that drive --image.")
+@click.option("--face", "face_video", type=click.Path(path_type=Path), help="Video of the face that drives --image.")
+@click.option("--background", "background_video", type=click.Path(path_type=Path),
+              help="Video in which a figure is replaced by that of --image.")  # fmt: skip
+@click.option("--mask", "mask_video", type=click.Path(path_type=Path), help="Where it is: white is to be generated.")
+@click.option("--segment-frames", type=int, help="Frames of a segment, as 77.  [default: the model's]")
+@click.option("--overlap", "overlap_frames", type=int,
+              help="Of those, how many repeat the end of the one before: 1 or 5.  [default: 1]")  # fmt: skip
+@click.option("--colour-match", type=click.FloatRange(0, 1),
+              help="How far each segment is held to the colours of the one before.  [default: 0]")  # fmt: skip
 @click.option("--strength", type=float, help="With --image: how much of it is repainted, 0 to 1.  [default: 0.6]")
 @click.option("--skip-layers", help="Skip-layer guidance: layers, as 7,8,9 for SD3.5 medium.")
 @click.option("--max-text-tokens", type=int, help="T5 tokens, padding included.")
@@ -102,6 +114,9 @@ def generate(prompts, model, output, grid, fps, dtype, mesh, parts, **options):
         on_component = lambda name: status.update(f"loading {name}")
         pipe = opened.pipeline(mesh=_mesh(mesh), dtype=chosen, on_component=on_component)
     texts = list(prompts)
+    if pipe.segmented and output.suffix.lower() in media.MOVIES:
+        written, timings = write_segments(pipe, texts, output, fps, **arguments)
+        return _report(written, start, timings)
     with _listeners("on_frame" in dry.takes) as listeners:
         out = pipe(texts, **arguments, **listeners)
     assert out.pixels is not None  # only output="latents" has none
@@ -111,7 +126,11 @@ def generate(prompts, model, output, grid, fps, dtype, mesh, parts, **options):
         written = [output]
     else:
         written = out.save(output, fps=fps)
-    spent = ", ".join(f"{name} {s:.1f} s" for name, s in out.timings.items())
+    _report(written, start, out.timings)
+
+
+def _report(written: Sequence[Path], start: float, timings: Mapping[str, float]):
+    spent = ", ".join(f"{name} {s:.1f} s" for name, s in timings.items())
     say(f"{', '.join(map(str, written))} in {time.perf_counter() - start:.1f} s ({spent})")
 
 

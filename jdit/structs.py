@@ -42,6 +42,7 @@ class Plan:
 
     Attributes:
         guidance_2: of a second expert. num_frames, fps: of videos.
+        segment_frames, overlap_frames: of videos made a segment at a time.
     """
 
     steps: int = 28
@@ -53,6 +54,8 @@ class Plan:
     guidance_2: float | None = None
     num_frames: int | None = None
     fps: float | None = None
+    segment_frames: int | None = None
+    overlap_frames: int = 1
 
 
 @dataclasses.dataclass

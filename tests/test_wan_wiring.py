@@ -12,7 +12,8 @@ from jdit import sampling, sharding, zoo
 from jdit.pipeline import memory
 from jdit.pipeline.base import Parts
 from jdit.pipeline.executor import Weights, check_wiring
-from jdit.pipeline.wan import TEXT, WanVideo
+from jdit.pipeline.wan import WanVideo
+from jdit.pipeline.wan_prompts import TEXT
 from jdit.structs import Text
 
 NAMES = [n for n, v in zoo.VARIANTS.items() if v.family == "wan"]

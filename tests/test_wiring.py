@@ -9,7 +9,7 @@ from flax import nnx
 from convert import registry
 from jdit import sampling, sharding, zoo
 from jdit.pipeline import sd3
-from jdit.pipeline.executor import Stage, Weights, check_wiring, run
+from jdit.pipeline.executor import Stage, Weights, check_wiring, run, stream
 from jdit.structs import Text
 
 COUNTS = {  # transformers, as upstream's classes count them (tests/parity/test_zoo.py)
@@ -67,20 +67,45 @@ class TestExecutor:
         assert (values["z"], values["d"], values["t"]) == (4, 8, 12)
         assert seen == ["one", "two"] == list(timings) and min(timings.values()) >= 0
 
-    def test_replays_a_block_for_each_segment_and_keeps_what_it_carries(self):
-        stages = [
-            Stage("add", add, ("w",), ("carry", "segment"), ("sum",), repeats="segment"),
-            Stage("carry", double, (), ("sum",), ("carry", "out"), repeats="segment"),
-            Stage("merge", lambda parts: jnp.stack(parts), (), ("out",), ("all",)),
-        ]
-        values, timings = run(stages, self.weights(), {"carry": 0.0, "segment": [1.0, 2.0, 3.0]})
+    STAGES = (
+        Stage("plan", lambda n: (jnp.float32(i + 1) for i in range(n)), (), ("n",), ("segment",), host=True),
+        Stage("add", add, ("w",), ("carry", "segment"), ("sum",), repeats="segment"),
+        Stage("carry", double, (), ("sum",), ("carry", "out"), repeats="segment"),
+        Stage("merge", lambda parts: np.stack(parts), (), ("out",), ("all",), host=True),
+    )
+
+    @pytest.mark.parametrize("scanned", [False, True])
+    def test_replays_a_block_for_each_segment_and_keeps_what_it_carries(self, scanned):
+        told: list[str] = []
+        given = {"carry": jnp.float32(0), "n": 3}
+        values, timings = run(self.STAGES, self.weights(), given, scanned=scanned, on_stage=told.append)
         carry, want = 0.0, []
         for item in (1.0, 2.0, 3.0):  # the same by hand
             total = carry + item + 1
             carry = total * 2
             want.append(total * 3)
         np.testing.assert_allclose(values["all"], want)
-        assert list(timings) == ["add[0]", "carry[0]", "add[1]", "carry[1]", "add[2]", "carry[2]", "merge"]
+        np.testing.assert_allclose(values["carry"], carry)
+        assert list(timings) == ["plan", "add[0]", "carry[0]", "add[1]", "carry[1]", "add[2]", "carry[2]", "merge"]
+        assert min(timings.values()) >= 0 and told == list(timings)
+
+    def test_streams_a_block(self):
+        log: list[str] = []
+        weights = self.weights(log)
+        replays = stream(self.STAGES[:-1], weights, {"carry": jnp.float32(0), "n": 3}, ("out", "sum"))
+        made = [(float(result["out"]), list(spent)) for result, spent in replays]
+        assert made == [
+            (6, ["plan", "add[0]", "carry[0]"]), (21, ["add[1]", "carry[1]"]), (54, ["add[2]", "carry[2]"])
+        ]  # fmt: skip
+        assert log == ["read"] and "w" not in weights.resident
+
+    def test_a_stream_that_is_left_lets_go_of_the_weights(self):
+        weights = self.weights([])
+        replays = stream(self.STAGES[:-1], weights, {"carry": jnp.float32(0), "n": 3}, ("out",))
+        next(replays)
+        assert "w" in weights.resident
+        replays.close()
+        assert "w" not in weights.resident
 
     def test_waiting_weights_are_read_for_their_stage_and_let_go(self):
         log: list[str] = []

@@ -6,6 +6,8 @@ from convert.family import Family, Original
 from convert.layout import Signature
 
 _DIT = ("patch_embedding.weight", "head.modulation", "blocks.{i}.self_attn.q.weight")
+POSE = "pose_patch_embedding.weight"
+"""What tells Wan-Animate's transformer from the others."""
 _UMT5 = ("token_embedding.weight", "blocks.{i}.attn.q.weight", "blocks.{i}.ffn.gate.0.weight")
 _VIT = ("cls_embedding", "transformer.{i}.attn.to_qkv.weight")
 _VISION = ("vision_model.embeddings.class_embedding", "vision_model.encoder.layers.{i}.self_attn.q_proj.weight")
@@ -49,8 +51,8 @@ FAMILY = Family(
     },
     originals={"transformer": _TRANSFORMER, "transformer_2": _TRANSFORMER, **ENCODERS},
     signatures=(
-        Signature("wan", "transformer", _DIT, (), "model.diffusion_model."),
-        Signature("wan", "transformer", _DIT),
+        Signature("wan", "transformer", _DIT, (POSE,), "model.diffusion_model."),
+        Signature("wan", "transformer", _DIT, (POSE,)),
         *encoder_signatures("wan"),
     ),
     settings=("boundary_ratio", "expand_timesteps"),

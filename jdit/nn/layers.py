@@ -32,12 +32,13 @@ def fused_linear(d_in: int, n: int, d_out: int, axes: Axes, *, dtype, rngs: nnx.
 
 
 def conv(
-    c_in: int, c_out: int, kernel: int, *, stride: int = 1, padding: Any = "SAME", dtype, rngs: nnx.Rngs
-) -> nnx.Conv:
-    """2D convolution, channels last, kernel (k, k, c_in, c_out)."""
+    c_in: int, c_out: int, kernel: int, *, stride: int = 1, padding: Any = "SAME", rank: int = 2, bias: bool = True,
+    dtype, rngs: nnx.Rngs,
+) -> nnx.Conv:  # fmt: skip
+    """2D convolution (1D with `rank` 1), channels last, kernel (k, k, c_in, c_out)."""
     return nnx.Conv(
-        c_in, c_out, (kernel, kernel), strides=stride, padding=padding, dtype=dtype, param_dtype=dtype, rngs=rngs,
-        kernel_metadata={"axes": (None, None, None, None)}, bias_metadata={"axes": (None,)},
+        c_in, c_out, (kernel,) * rank, strides=stride, padding=padding, use_bias=bias, dtype=dtype, param_dtype=dtype,
+        rngs=rngs, kernel_metadata={"axes": (None,) * (rank + 2)}, bias_metadata={"axes": (None,)},
     )  # fmt: skip
 
 
@@ -159,13 +160,18 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs):
     return jax.vmap(make)(rngs.split(depth))
 
 
-def scan_blocks(blocks: nnx.Module, carry, xs=None, *, call: Callable | None = None, unroll: bool = False):
+def groups(tree, size: int):
+    """Stacked layers, or what each of them is given, in groups: leaves (L, ...) become (L / size, size, ...)."""
+    return jax.tree.map(lambda a: a.reshape(-1, size, *a.shape[1:]), tree)
+
+
+def scan_blocks(blocks, carry, xs=None, *, call: Callable | None = None, unroll: bool = False):
     """Run a stacked module: carry <- block_i(carry, xs_i), for each layer i.
 
     The only place that knows how stacked layers are run; compile time does not grow with depth unless `unroll`.
 
     Args:
-        blocks: a module built by `stack`.
+        blocks: a module built by `stack`, or a pytree of such, or of `groups`.
         carry: pytree passed from layer to layer.
         xs: pytree of per-layer inputs with a leading layer axis, or None.
         call: (block, carry, x) -> carry; the default calls block(carry) or block(carry, x).

@@ -191,8 +191,8 @@ class ImageEmbedding(nnx.Module):
         return self.norm_out(self.mlp(self.norm_in(x)))
 
 
-class Wan(nnx.Module):
-    """The whole network: latents, text and a picture to the flow velocity (noise minus data)."""
+class WanTrunk(nnx.Module):
+    """What Wan's transformers have in common: time, text and a picture in, the stack of blocks, latents in and out."""
 
     def __init__(self, cfg: WanConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg
@@ -254,20 +254,6 @@ class Wan(nnx.Module):
         keys = lambda block: block.cross.context(states, picture)._replace(counts=counts)
         return jax.lax.map(keys, self.blocks)
 
-    def velocity(
-        self, x: Float[Array, "B T Y X C"], modulation: Modulation, context: Context
-    ) -> Float[Array, "B T Y X C"]:
-        """One evaluation, given `modulation` at this step and the prompt's keys and values.
-
-        Raises:
-            ValueError: latents that do not divide into patches, or of more patches a side than there are positions.
-        """
-        cfg = self.cfg
-        grid = patch_grid(x.shape[1:4], cfg.patch)
-        h, rope = self.embed(x), self.rope(grid)
-        call = lambda block, h, c: block(h, modulation.block, rope, c)
-        return self.head(layers.scan_blocks(self.blocks, h, context, call=call), modulation.final, grid)
-
     def embed(self, x: Float[Array, "B T Y X C"]) -> Float[Array, "B N D"]:
         """Latents to tokens."""
         tokens = self.patch(patchify_3d(x.astype(self.cfg.dtype), self.cfg.patch))
@@ -286,6 +272,24 @@ class Wan(nnx.Module):
         """Tokens to the velocity."""
         h = layers.modulate_rows(h, final[..., 0, :], final[..., 1, :], self.cfg.eps)
         return unpatchify_3d(self.final(h), self.cfg.patch, grid)
+
+
+class Wan(WanTrunk):
+    """The whole network: latents, text and a picture to the flow velocity (noise minus data)."""
+
+    def velocity(
+        self, x: Float[Array, "B T Y X C"], modulation: Modulation, context: Context
+    ) -> Float[Array, "B T Y X C"]:
+        """One evaluation, given `modulation` at this step and the prompt's keys and values.
+
+        Raises:
+            ValueError: latents that do not divide into patches, or of more patches a side than there are positions.
+        """
+        cfg = self.cfg
+        grid = patch_grid(x.shape[1:4], cfg.patch)
+        h, rope = self.embed(x), self.rope(grid)
+        call = lambda block, h, c: block(h, modulation.block, rope, c)
+        return self.head(layers.scan_blocks(self.blocks, h, context, call=call), modulation.final, grid)
 
     def __call__(self, x, t, text, image=None):
         """Velocity for latents x (B, T, Y, X, C) at timestep t (scalar, (B,), or one a token or a frame, (B, M)), text

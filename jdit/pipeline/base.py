@@ -2,7 +2,8 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -48,6 +49,7 @@ class Pipeline:
     """
 
     takes: ClassVar[tuple[str, ...]]  # the arguments of this family, beside the prompt
+    segmented: ClassVar[bool] = False  # whether `stream` yields more than one result
     of_text: ClassVar[tuple[str, ...]] = ("max_text_tokens",)  # those of them that encoding a prompt takes
 
     def __init__(self, parts: Parts, weights: Weights, *, mesh: Mesh | None = None):
@@ -161,15 +163,24 @@ class Pipeline:
         """Bytes that a usual call needs beside the weights, about; 0 where nobody has measured."""
         return 0.0
 
-    def stream(self, prompt: str | Sequence[str] | Prompt, **arguments: Any):
-        """Yield results a segment at a time; a family without segments yields its one result."""
-        yield self(prompt, **arguments)
+    def stream(self, prompt: str | Sequence[str] | Prompt, **arguments: Any) -> Iterator[Output]:
+        """Yield results a segment at a time, each as soon as it is there; a family without segments yields its one.
+
+        Takes what a call takes, and refuses what it refuses before the first result.
+        """
+        call = inspect.signature(self.__call__).bind(prompt, **arguments)
+        call.apply_defaults()
+        given = {k: v for k, v in call.arguments.items() if k not in ("prompt", "family")}
+        return self._stream(prompt, **self._check(given | call.arguments["family"]))
+
+    def _stream(self, prompt, **arguments: Any) -> Iterator[Output]:
+        yield self._generate(prompt, **arguments)
 
     @property
     def components(self) -> dict[str, Any]:
         return {name: self.weights[name] for name in self.parts.configs}
 
-    def _on_mesh(self):
+    def on_mesh(self):
         return jax.set_mesh(self.mesh) if self.mesh is not None else contextlib.nullcontext()
 
     def _generate(self, prompt, **arguments: Any) -> Output:

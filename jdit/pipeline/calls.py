@@ -51,7 +51,9 @@ def result(values: Mapping[str, Any], timings: dict[str, float], fps: float | No
     return Output(pixels, values["latents"], timings, fps)
 
 
-WHOLE = ("height", "width", "num_frames", "steps", "num_outputs", "max_text_tokens")
+WHOLE = (
+    "height", "width", "num_frames", "steps", "num_outputs", "max_text_tokens", "segment_frames", "overlap_frames",
+)  # fmt: skip
 FINITE = ("guidance", "guidance_2", "shift", "strength", "skip_layer_scale", "skip_layer_start", "skip_layer_stop")
 
 
@@ -73,11 +75,14 @@ def number_problems(given: Mapping[str, Any]) -> list[str]:
 class _Listeners:
     """Tells a call's listeners how far it is; what one of them raises stops the run there."""
 
-    def __init__(self, on_step: Listener | None, on_frame: Listener | None):
+    def __init__(self, on_step: Listener | None, on_frame: Listener | None, segment: int, segments: int):
         self.on_step, self.on_frame, self.frames, self.raised = on_step, on_frame, 0, None
+        self.segment, self.segments, self.last = segment, segments, -1
 
     def step(self, index: int, steps: int):
-        self._tell(self.on_step, index + 1, steps)
+        self.segment += index <= self.last  # the next segment's first
+        self.last = index
+        self._tell(self.on_step, self.segment * steps + index + 1, self.segments * steps)
 
     def chunk(self, frames: int, total: int):
         self.frames += frames
@@ -109,9 +114,12 @@ def report_frames(pixels: Array, total: int):
 
 
 @contextlib.contextmanager
-def reporting(on_step: Listener | None, on_frame: Listener | None = None):
+def reporting(on_step: Listener | None, on_frame: Listener | None = None, *, segment: int = 0, segments: int = 1):
     """While inside, `report_step` tells `on_step` (step, steps) and `report_frames` tells `on_frame` (frames decoded,
     frames); on leaving, everything has been told.
+
+    Args:
+        segment: the segment that is next, of how many `segments`: steps are counted over all of them.
 
     Raises:
         Exception: what a listener raised, in the place of the error that the device makes of it.
@@ -120,7 +128,7 @@ def reporting(on_step: Listener | None, on_frame: Listener | None = None):
     if on_step is None and on_frame is None:
         yield
         return
-    _listeners = told = _Listeners(on_step, on_frame)
+    _listeners = told = _Listeners(on_step, on_frame, segment, segments)
     trace = logging.getLogger("jax._src.debugging")  # it logs what a callback raises, which is raised again here
     muted, trace.disabled = trace.disabled, True
     try:

@@ -93,7 +93,7 @@ def run(
 
     Args:
         values: what the first stages read; not changed.
-        on_stage: called with a stage's name before it starts (not of those inside a scan).
+        on_stage: called with a stage's name when it is done.
         scanned: replay repeated stages inside one program, by `lax.scan` over the items; their results are then arrays
             with a leading axis in the place of lists.
 
@@ -105,7 +105,7 @@ def run(
         if block[0].repeats is None:
             values |= _timed(block[0], weights, values, timings, on_stage)
         elif scanned:
-            values |= _scan(block, weights, values, _results(block, stages[n:]), timings)
+            values |= _scan(block, weights, values, _results(block, stages[n:]), timings, on_stage)
         else:
             results = _results(block, stages[n:])
             kept: dict[str, list] = {name: [] for name in results}
@@ -182,8 +182,9 @@ def _results(block: Sequence[Stage], later: Sequence[Stage]) -> tuple[str, ...]:
 
 
 def _scan(
-    block: Sequence[Stage], weights: Weights, values: Mapping[str, Any], results: tuple[str, ...], timings: Timings
-) -> dict[str, Any]:
+    block: Sequence[Stage], weights: Weights, values: Mapping[str, Any], results: tuple[str, ...], timings: Timings,
+    on_stage: Listener | None,
+) -> dict[str, Any]:  # fmt: skip
     """All replays of a block in one program."""
     item, carry = str(block[0].repeats), _carried(block, values)
     items = list(values[item])
@@ -191,11 +192,11 @@ def _scan(
     given = {n: values[n] for s in block for n in s.reads if n in values and n not in (item, *static, *carry)}
     modules = {name: weights[name] for s in block for name in s.weights}
     program = _scan_program(tuple(block), tuple(sorted(static.items())), results)
-    with _marking() as marks:
+    names = [f"{stage.name}[{i}]" for i in range(len(items)) for stage in block]
+    with _marking(lambda i: on_stage(names[i]) if on_stage else None) as marks:
         begun = time.perf_counter()
         carry, out = program(modules, given, carry, jax.tree.map(lambda *a: jnp.stack(a), *items))
         jax.block_until_ready(out)
-    names = [f"{stage.name}[{i}]" for i in range(len(items)) for stage in block]
     timings |= {name: at - before for name, at, before in zip(names, marks, [begun, *marks])}
     return carry | out
 
@@ -214,36 +215,36 @@ def _scan_program(block: tuple[Stage, ...], static: tuple[tuple[str, Any], ...],
     return jax.jit(program, compiler_options=compiler_options())
 
 
-_marks: list[float] | None = None
-
-
-def _mark():
-    if _marks is not None:
-        _marks.append(time.perf_counter())
+_mark: Callable[[], None] = lambda: None
 
 
 @contextlib.contextmanager
-def _marking() -> Iterator[list[float]]:
-    """While inside, the ends of the stages of a scan are noted."""
-    global _marks
-    _marks = out = []
+def _marking(tell: Callable[[int], None]) -> Iterator[list[float]]:
+    """While inside, the times at which the stages of a scan end are noted, and their numbers told."""
+    global _mark
+    out: list[float] = []
+
+    def mark():
+        out.append(time.perf_counter())
+        tell(len(out) - 1)
+
+    before, _mark = _mark, mark
     try:
         yield out
         jax.effects_barrier()
     finally:
-        _marks = None
+        _mark = before
 
 
 def _timed(
     stage: Stage, weights: Weights, values: Mapping[str, Any], timings: Timings, on_stage: Listener | None,
     suffix: str = "",
 ) -> dict[str, Any]:  # fmt: skip
-    label = stage.name + suffix
-    if on_stage:
-        on_stage(label)
-    start = time.perf_counter()
+    label, start = stage.name + suffix, time.perf_counter()
     out = _call(stage, weights, values)
     timings[label] = time.perf_counter() - start
+    if on_stage:
+        on_stage(label)
     return out
 
 

@@ -224,7 +224,7 @@ class StableDiffusion3(base.Pipeline):
         clip_skip: int | None = None,
     ) -> Prompt:
         """Encode prompts once, to be given to calls in their place; negative_prompt None leaves out the negatives."""
-        with self._on_mesh():
+        with self.on_mesh():
             return self._encode(prompt, negative_prompt, {}, max_text_tokens=max_text_tokens, clip_skip=clip_skip)
 
     def _encode(self, prompt, negative, timings, max_text_tokens=None, clip_skip=None) -> Prompt:
@@ -272,7 +272,7 @@ class StableDiffusion3(base.Pipeline):
         table = self.table(height, width, steps, shift=a["shift"], solver=a["solver"], strength=strength)
         guided, timings = scale > 1, {}
         factor, cfg = self.parts.configs["vae"].factor, self.parts.configs["transformer"]
-        with self._on_mesh():
+        with self.on_mesh():
             prompt = self._prompt(prompt, a, guided, timings)
             count = prompt.positive.states.shape[0] * a["num_outputs"]
             noise = calls.first_noise(a, (count, height // factor, width // factor, cfg.in_channels))

@@ -8,31 +8,28 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jdit import media, sampling
-from jdit.nn.text.clean import clean
 from jdit.nn.vae.autoencoder_kl_wan import AutoencoderKLWan
 from jdit.nn.vae.autoencoder_kl_wan_config import AutoencoderKLWanConfig
 from jdit.nn.vae.tiling import Tiles, one_at_a_time
-from jdit.nn.wan import Context, Wan, WanConfig
+from jdit.nn.wan import Wan, WanConfig
 from jdit.pipeline import base, calls
 from jdit.pipeline.calls import or_
 from jdit.pipeline.executor import Stage, run
-from jdit.pipeline.wan_conditions import Conditions, encode_first, encode_frames, encode_pictures, encode_text
-from jdit.preprocess import ImageProcessor
+from jdit.pipeline.wan_conditions import Conditions, encode_first, encode_frames, encode_pictures
+from jdit.pipeline.wan_prompts import TEXT, WanPipeline, change_rows, contexts, texts
 from jdit.sampling import guidance as guide
-from jdit.structs import Output, Prompt, Text
+from jdit.structs import Output, Text
 
 # ------------------------------------------------------------------------------------------------- stages
 
 
 def prepare(positive: Text, negative: Text | None, noise, table: sampling.Table, tokens, channels, first):
     """The solver's first state, and what all steps see."""
-    text = positive.states if negative is None else jnp.concatenate([negative.states, positive.states])
-    return sampling.init(noise, table), Conditions(text, tokens, channels, first)
+    return sampling.init(noise, table), Conditions(texts(positive, negative), tokens, channels, first)
 
 
 def denoise(
@@ -41,13 +38,8 @@ def denoise(
 ) -> sampling.State:  # fmt: skip
     """The rows of a table that are this transformer's. Modulation of its steps, and the keys and values of each prompt,
     are computed before them."""
-    outputs, frames, texts = state.x.shape[0], state.x.shape[1], given.text.shape[0]
-    tokens = None if given.tokens is None else jnp.broadcast_to(given.tokens, (texts, *given.tokens.shape[1:]))
-    repeats = outputs * (1 if scale is None else 2) // texts
-    context = _rows(
-        transformer.embed_context(given.text, tokens), lambda a: a if repeats == 1 else jnp.repeat(a, repeats, 1)
-    )
-    times = given.times(jnp.asarray(table.timestep, jnp.float32), frames)
+    context = contexts(transformer, given.text, given.tokens, state.x.shape[0] * (1 if scale is None else 2))
+    times = given.times(jnp.asarray(table.timestep, jnp.float32), state.x.shape[1])
 
     def predict(x, t, modulation, *, context):
         del t  # it is in the modulation
@@ -55,17 +47,12 @@ def denoise(
 
     model = functools.partial(predict, context=context)
     if scale is not None and two_passes:
-        half = lambda n: functools.partial(predict, context=_rows(context, lambda a: jnp.split(a, 2, axis=1)[n]))
+        half = lambda n: functools.partial(predict, context=change_rows(context, lambda a: jnp.split(a, 2, axis=1)[n]))
         model = guide.two_passes(half(0), half(1), scale)
     elif scale is not None:
         model = guide.classifier_free(model, scale)
     table_rows, told = transformer.modulation_table(times), calls.report_step if report else None
     return sampling.run(model, state, table, key=keys, per_step=table_rows, on_step=told, total=total)
-
-
-def _rows(context: Context, change) -> Context:
-    """A change of the batch axis, which comes after that of the layers."""
-    return context._replace(**jax.tree.map(change, {"text": context.text, "image": context.image}))
 
 
 def finish(state: sampling.State, given: Conditions) -> Float[Array, "B S h w C"]:
@@ -88,7 +75,6 @@ def decode(vae: AutoencoderKLWan, latents, kind: str, tiling: bool, slicing: boo
     return one_at_a_time(whole, z) if slicing else whole(z)
 
 
-TEXT = Stage("encode_text", encode_text, ("text_encoder",), ("ids", "lengths"), ("encoded",))
 ALONE, HIGH, LOW = ("denoise", "transformer"), ("denoise_high", "transformer"), ("denoise_low", "transformer_2")
 
 
@@ -126,7 +112,7 @@ def stages(
 # ----------------------------------------------------------------------------------------------- pipeline
 
 
-class WanVideo(base.Pipeline):
+class WanVideo(WanPipeline):
     """Wan 2.1 and 2.2, of one transformer or two experts.
 
     Beside the common arguments: `guidance_2` (of the second expert; None is the plan's, else `guidance`), `two_passes`
@@ -190,30 +176,12 @@ class WanVideo(base.Pipeline):
             out.append(f"expand_timesteps with patches of {c['transformer'].patch[0]} frames is not supported, 1 is")
         return out
 
-    def ready(self):
+    @property
+    def needs(self) -> tuple[str, ...]:
         """See the base class."""
-        needed = ["text_encoder", "tokenizer"]
-        needed += ["image_encoder"] if self._tokens else []
-        if lacks := [n for n in needed if n not in self.parts.configs and n not in self.parts.tokenizers]:
-            raise ValueError(f"this model came without {', '.join(lacks)}: load it with parts={{name: path}}")
+        return (*super().needs, *(["image_encoder"] if self._tokens else []))
 
     # ---- arguments
-
-    @property
-    def _own(self) -> tuple[int, int, int]:
-        """Height, width and frames of a call that does not say."""
-        return self.plan.height or 480, self.plan.width or 832, self.plan.num_frames or 81
-
-    def size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
-        """The size of a run, checked.
-
-        Raises:
-            ValueError: naming the nearest sizes that work.
-        """
-        cfg, factor = self.parts.configs["transformer"], self.parts.configs["vae"].space_factor
-        size = or_(height, self._own[0]), or_(width, self._own[1])
-        calls.check_size(*size, (factor * cfg.patch[1], factor * cfg.patch[2]), cfg.max_positions)
-        return size
 
     def frames(self, num_frames: int | None = None) -> int:
         """The number of frames of a run, checked.
@@ -221,7 +189,7 @@ class WanVideo(base.Pipeline):
         Raises:
             ValueError: naming the nearest numbers that work.
         """
-        cfg, frames = self.parts.configs["transformer"], or_(num_frames, self._own[2])
+        cfg, frames = self.parts.configs["transformer"], or_(num_frames, self.plan.num_frames or 81)
         calls.check_frames(frames, self.parts.configs["vae"].time_factor, cfg.patch[0], cfg.max_positions)
         return frames
 
@@ -248,30 +216,6 @@ class WanVideo(base.Pipeline):
                 out.append("guidance_2 needs guidance above 1")
         return out
 
-    # ---- prompts
-
-    def encode(
-        self,
-        prompt: str | Sequence[str],
-        *,
-        negative_prompt: str | Sequence[str] | None = "",
-        max_text_tokens: int | None = None,
-    ) -> Prompt:
-        """Encode prompts once, to be given to calls in their place; negative_prompt None leaves out the negatives."""
-        with self._on_mesh():
-            return self._encode(prompt, negative_prompt, {}, max_text_tokens=max_text_tokens)
-
-    def _encode(self, prompt, negative, timings, max_text_tokens=None) -> Prompt:
-        if problems := calls.number_problems({"max_text_tokens": max_text_tokens}):
-            raise ValueError("; ".join(problems))
-        texts, count = calls.both_texts(prompt, negative)
-        self.ready()
-        tokenizer, length = self.parts.tokenizers["tokenizer"], or_(max_text_tokens, self.plan.max_text_tokens)
-        ids, lengths = tokenizer.encode_with_lengths([clean(t) for t in texts], length)
-        values, spent = run([TEXT], self.weights, {"ids": jnp.asarray(ids), "lengths": jnp.asarray(lengths)})
-        timings |= spent
-        return calls.halves(values["encoded"], count, negative)
-
     # ---- the call
 
     def usual_stages(self) -> list[Stage]:
@@ -283,7 +227,7 @@ class WanVideo(base.Pipeline):
         """See the base class; fitted to what 1.3B, 14B and the autoencoder took at 81 x 480 x 832 in bfloat16
         (benchmarks/wan_h200.md)."""
         cfg, vae = self.parts.configs["transformer"], self.parts.configs["vae"]
-        height, width, frames = self._own
+        (height, width), frames = self.size(), self.plan.num_frames or 81
         frames = (frames - 1) // vae.time_factor + 1
         tokens = frames * height * width // vae.space_factor**2 // math.prod(cfg.patch)
         rows = 2 if self.plan.guidance > 1 else 1
@@ -310,9 +254,7 @@ class WanVideo(base.Pipeline):
         resized = [jnp.asarray(media.resize(picture, height, width))[None] for picture in given]
         out: dict[str, Any] = {"image": resized[0], "last_image": resized[1] if len(given) > 1 else None}
         if self._tokens:
-            config = self.parts.settings.get("image_processor")
-            processor = ImageProcessor() if config is None else ImageProcessor.from_config(config)
-            out["pictures"] = jnp.asarray(processor(given))
+            out["pictures"] = jnp.asarray(self.processor(given))
         return out
 
     def _generate(self, prompt, **a: Any) -> Output:
@@ -324,7 +266,7 @@ class WanVideo(base.Pipeline):
         experts = self.experts(table)
         pictures = self._pictures(a, height, width)
         guided, timings, vae = scale > 1, {}, self.parts.configs["vae"]
-        with self._on_mesh():
+        with self.on_mesh():
             prompt = self._prompt(prompt, a, guided, timings)
             count = prompt.positive.states.shape[0] * a["num_outputs"]
             shape = ((frames - 1) // vae.time_factor + 1, height // vae.space_factor, width // vae.space_factor)

@@ -1,0 +1,88 @@
+"""What Wan's pipelines share: prompts through UMT5, and sizes."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jdit.nn.text.clean import clean
+from jdit.nn.wan import Context
+from jdit.pipeline import base, calls
+from jdit.pipeline.calls import or_
+from jdit.pipeline.executor import Stage, run
+from jdit.pipeline.wan_conditions import encode_text
+from jdit.preprocess import ImageProcessor
+from jdit.structs import Prompt, Text
+
+TEXT = Stage("encode_text", encode_text, ("text_encoder",), ("ids", "lengths"), ("encoded",))
+
+
+def texts(positive: Text, negative: Text | None) -> Float[Array, "P L J"]:
+    """States of all prompts of a call: under guidance the negative ones first."""
+    return positive.states if negative is None else jnp.concatenate([negative.states, positive.states])
+
+
+def change_rows(context: Context, change) -> Context:
+    """A change of the batch axis, which comes after that of the layers."""
+    return context._replace(**jax.tree.map(change, {"text": context.text, "image": context.image}))
+
+
+def contexts(transformer, text: Float[Array, "P L J"], tokens: Float[Array, "1 I E"] | None, rows: int) -> Context:
+    """Keys and values of the prompts, of each as often as it takes to make `rows`; the picture is everyone's."""
+    pictures = None if tokens is None else jnp.broadcast_to(tokens, (text.shape[0], *tokens.shape[1:]))
+    context, repeats = transformer.embed_context(text, pictures), rows // text.shape[0]
+    return context if repeats == 1 else change_rows(context, lambda a: jnp.repeat(a, repeats, 1))
+
+
+class WanPipeline(base.Pipeline):
+    """Wan's prompts and sizes."""
+
+    def encode(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        negative_prompt: str | Sequence[str] | None = "",
+        max_text_tokens: int | None = None,
+    ) -> Prompt:
+        """Encode prompts once, to be given to calls in their place; negative_prompt None leaves out the negatives."""
+        with self.on_mesh():
+            return self._encode(prompt, negative_prompt, {}, max_text_tokens=max_text_tokens)
+
+    def _encode(self, prompt, negative, timings, max_text_tokens=None) -> Prompt:
+        if problems := calls.number_problems({"max_text_tokens": max_text_tokens}):
+            raise ValueError("; ".join(problems))
+        both, count = calls.both_texts(prompt, negative)
+        self.ready()
+        tokenizer, length = self.parts.tokenizers["tokenizer"], or_(max_text_tokens, self.plan.max_text_tokens)
+        ids, lengths = tokenizer.encode_with_lengths([clean(t) for t in both], length)
+        values, spent = run([TEXT], self.weights, {"ids": jnp.asarray(ids), "lengths": jnp.asarray(lengths)})
+        timings |= spent
+        return calls.halves(values["encoded"], count, negative)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The parts that a call's words and pictures go through."""
+        return ("text_encoder", "tokenizer")
+
+    @property
+    def processor(self) -> ImageProcessor:
+        """What brings a picture to the image encoder's form."""
+        config = self.parts.settings.get("image_processor")
+        return ImageProcessor() if config is None else ImageProcessor.from_config(config)
+
+    def ready(self):
+        """See the base class."""
+        if lacks := [n for n in self.needs if n not in self.parts.configs and n not in self.parts.tokenizers]:
+            raise ValueError(f"this model came without {', '.join(lacks)}: load it with parts={{name: path}}")
+
+    def size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
+        """The size of a run, checked.
+
+        Raises:
+            ValueError: naming the nearest sizes that work.
+        """
+        cfg, factor = self.parts.configs["transformer"], self.parts.configs["vae"].space_factor
+        size = or_(height, self.plan.height or 480), or_(width, self.plan.width or 832)
+        calls.check_size(*size, (factor * cfg.patch[1], factor * cfg.patch[2]), cfg.max_positions)
+        return size
