@@ -52,11 +52,8 @@ def upstream_config(cfg: AutoencoderKLWanConfig) -> dict[str, Any]:
     return {"_class_name": "AutoencoderKLWan", **plain}
 
 
-causal_conv = Op("causal_conv", lambda w: w.transpose(3, 4, 2, 1, 0), lambda w: w.transpose(4, 3, 2, 0, 1))
-"""O I t h w <-> h w t I O."""
 _PIXEL_3D = ops.reshape((-1,), (-1, 1, 1, 1))
 _PIXEL_2D = ops.reshape((-1,), (-1, 1, 1))
-_pointwise_3d = Op("pointwise_3d", lambda w: w[:, :, 0, 0, 0].T, lambda w: w.T[:, :, None, None, None])
 _fused = ops.fused_linear(3)
 _qkv = Op("fused_pointwise(3)", lambda w: _fused.forward(w[:, :, 0, 0]), lambda w: _fused.inverse(w)[:, :, None, None])
 
@@ -66,7 +63,7 @@ def _layer(source: str, target: str, op: Op, bias: Op = ops.same) -> list[Rule]:
 
 
 def _causal(source: str, target: str) -> list[Rule]:
-    return _layer(source, target, causal_conv)
+    return _layer(source, target, ops.causal_conv)
 
 
 RESIDUAL = {"norm1": "norm1", "conv1": "conv1", "norm2": "norm2", "conv2": "conv2", "shortcut": "conv_shortcut"}
@@ -76,7 +73,7 @@ ORIGINAL_RESIDUAL = {
 
 
 def _resnet(source: str, target: str, names: Mapping[str, str]) -> list[Rule]:
-    out = _layer(f"{source}.{names['shortcut']}", f"{target}.shortcut", _pointwise_3d)
+    out = _layer(f"{source}.{names['shortcut']}", f"{target}.shortcut", ops.pointwise_3d)
     for n in "12":
         out.append(Rule(f"{source}.{names[f'norm{n}']}.gamma", f"{target}.norm{n}.scale", _PIXEL_3D))
         out += _causal(f"{source}.{names[f'conv{n}']}", f"{target}.conv{n}")
@@ -99,7 +96,7 @@ def _resample(source: str, target: str) -> list[Rule]:
 
 def _quant(names: tuple[str, str], prefix: str = "") -> list[Rule]:
     return [r for theirs, ours in zip(names, ("quant_conv", "post_quant_conv"))
-            for r in _layer(f"{prefix}{theirs}", ours, _pointwise_3d)]  # fmt: skip
+            for r in _layer(f"{prefix}{theirs}", ours, ops.pointwise_3d)]  # fmt: skip
 
 
 def _ends(side: str, source: str, first: str, norm: str, last: str) -> list[Rule]:

@@ -21,6 +21,11 @@ same = Op("same", lambda w: w, lambda w: w)
 linear = Op("linear", lambda w: w.T, lambda w: w.T)  # O I <-> I O
 conv = Op("conv", lambda w: np.moveaxis(w, (0, 1), (-1, -2)), lambda w: np.moveaxis(w, (-1, -2), (0, 1)))
 pointwise = Op("pointwise", lambda w: w[:, :, 0, 0].T, lambda w: w.T[:, :, None, None])  # O I 1 1 <-> I O
+pointwise_3d = Op(
+    "pointwise_3d", lambda w: w[:, :, 0, 0, 0].T, lambda w: w.T[:, :, None, None, None]
+)  # O I 1 1 1 <-> I O
+causal_conv = Op("causal_conv", lambda w: w.transpose(3, 4, 2, 1, 0), lambda w: w.transpose(4, 3, 2, 0, 1))
+"""O I t h w <-> h w t I O."""
 
 
 def fused_linear(n: int) -> Op:

@@ -23,7 +23,7 @@ def pointwise(c_in: int, c_out: int, *, dtype, rngs: nnx.Rngs) -> nnx.Linear:
 
 
 class GroupNorm(nnx.Module):
-    """Affine group norm over pixels and the channels of a group (arXiv 1803.08494), statistics in float32.
+    """Affine group norm over pixels (and frames) and the channels of a group (arXiv 1803.08494), in float32.
 
     Raises:
         ValueError: `groups` does not divide the channels.
@@ -36,15 +36,17 @@ class GroupNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones(c, dtype), axes=(None,))
         self.bias = nnx.Param(jnp.zeros(c, dtype), axes=(None,))
 
-    def __call__(self, x: Pixels) -> Pixels:
-        b, c = x.shape[0], x.shape[-1]
+    def __call__(self, x: Float[Array, "B *S C"]) -> Float[Array, "B *S C"]:
+        b, c, inner = x.shape[0], x.shape[-1], tuple(range(1, x.ndim - 1))
         grouped = lambda a: a.reshape(b, self.groups, c // self.groups).mean(-1, keepdims=True)
-        spread = lambda a: jnp.broadcast_to(a, (b, self.groups, c // self.groups)).reshape(b, 1, 1, c)
+        wide = (b, self.groups, c // self.groups)
+        spread = lambda a: jnp.broadcast_to(a, wide).reshape(b, *(1 for _ in inner), c)
         # Both sums in one pass over the pixels. The group's mean at one pixel is the origin: where the mean is far
         # larger than the spread, the plain difference of squares would lose all its digits.
         x32 = x.astype(jnp.float32)
-        x32 = x32 - spread(jax.lax.stop_gradient(grouped(x32[:, :1, :1])))
-        mean, square = grouped(x32.mean((1, 2))), grouped(jnp.square(x32).mean((1, 2)))
+        one = x32[(slice(None), *(slice(1) for _ in inner))]
+        x32 = x32 - spread(jax.lax.stop_gradient(grouped(one)))
+        mean, square = grouped(x32.mean(inner)), grouped(jnp.square(x32).mean(inner))
         inv = jax.lax.rsqrt(jnp.maximum(square - jnp.square(mean), 0.0) + self.eps)
         return ((x32 - spread(mean)) * (spread(inv) * self.scale) + self.bias).astype(x.dtype)
 

@@ -136,25 +136,26 @@ class CausalConv(nnx.Module):
 
 
 def run_chunks(
-    step: Callable[[Frames, Cache | None], tuple[Frames, Cache]], x: Frames, *, size: int, out: int
+    step: Callable[[Frames, Cache | None], tuple[Frames, Cache]], x: Frames, *, size: int, out: int, first: int = 1
 ) -> Float[Array, "B S Y X D"]:
-    """step(chunk, cache) -> (result, cache) over the frames of x: the first frame alone, then a scan over the rest.
+    """step(chunk, cache) -> (result, cache) over the frames of x: the first ones apart, then a scan over the rest.
 
     Results are written into one buffer, so that memory besides x and the result does not grow with the length. Frames
-    beyond 1 + n * size are left out.
+    beyond first + n * size are left out.
 
     Args:
         size: frames of a chunk after the first. out: frames of its result (the first chunk's may be another number).
+        first: frames of the first chunk.
     """
-    y, cache = step(x[:, :1], None)
-    n, begin = (x.shape[1] - 1) // size, y.shape[1]
+    y, cache = step(x[:, :first], None)
+    n, begin = (x.shape[1] - first) // size, y.shape[1]
     if n == 0:
         return y
     results = jnp.zeros((y.shape[0], begin + n * out, *y.shape[2:]), y.dtype)
 
     def body(carry, i):
         cache, results = carry
-        y, cache = step(jax.lax.dynamic_slice_in_dim(x, 1 + i * size, size, 1), cache)
+        y, cache = step(jax.lax.dynamic_slice_in_dim(x, first + i * size, size, 1), cache)
         return (cache, jax.lax.dynamic_update_slice_in_dim(results, y, begin + i * out, 1)), None
 
     carry = cache, jax.lax.dynamic_update_slice_in_dim(results, y, 0, 1)
