@@ -1,5 +1,6 @@
 """CogVideoX's transformer: config and RULES of the diffusers layout and of the original (SAT) releases."""
 
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -187,3 +188,20 @@ def original_config(
         attention_bias="transformer.layers.0.attention.query_key_value.bias" in shapes, patch=patch,
         rotary=rotary, learned=learned, patch_bias=not new, dtype=dtype, rules=rules, **sample,
     )  # fmt: skip
+
+
+def complete(configs: Mapping[str, Any]) -> dict[str, Any]:
+    """The autoencoder's scale, which only the transformer beside it tells: 2B's is the default, 5B's and 1.5's is 0.7,
+    and 1.5 was trained with pictures scaled the wrong way round."""
+    if not {"transformer", "vae"} <= configs.keys():
+        return {}
+    cfg, vae = configs["transformer"], configs["vae"]
+    scale = 0.7 if cfg.rotary else vae.scale
+    return {"vae": dataclasses.replace(vae, scale=scale, invert_scale=cfg.patch_frames is not None)}
+
+
+def pipeline(configs: Mapping[str, Any]) -> str:
+    """Upstream's pipeline class."""
+    cfg = configs.get("transformer")
+    pictured = cfg is not None and cfg.in_channels != cfg.out_channels
+    return "CogVideoXImageToVideoPipeline" if pictured else "CogVideoXPipeline"

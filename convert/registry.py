@@ -5,9 +5,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from convert import autoencoder_kl as kl
+from convert import autoencoder_kl_cogvideox as cogvideox_vae
 from convert import autoencoder_kl_wan as wan_vae
 from convert import clip, clip_vision, cogvideox, sd3, t5, wan
 from convert.component import Component
+from convert.families import cogvideox as cogvideox_family
 from convert.families import sd3 as sd3_family
 from convert.families import wan as wan_family
 from convert.family import Family
@@ -18,6 +20,7 @@ from jdit.nn.mmdit import MMDiT
 from jdit.nn.text.clip import CLIPText
 from jdit.nn.text.t5 import T5
 from jdit.nn.vae.autoencoder_kl import AutoencoderKL
+from jdit.nn.vae.autoencoder_kl_cogvideox import AutoencoderKLCogVideoX
 from jdit.nn.vae.autoencoder_kl_wan import AutoencoderKLWan
 from jdit.nn.vision.clip import CLIPVision
 from jdit.nn.wan import Wan
@@ -53,12 +56,16 @@ COMPONENTS: dict[str, Component] = {
         _t5("T5EncoderModel"),
         _t5("UMT5EncoderModel"),
         Component("WanTransformer3DModel", Wan, wan.config, wan.upstream_config, wan.rules),
+        Component(
+            cogvideox_vae.CLASS, AutoencoderKLCogVideoX, cogvideox_vae.config, cogvideox_vae.upstream_config,
+            cogvideox_vae.rules,
+        ),
         Component(cogvideox.CLASS, CogVideoX, cogvideox.config, cogvideox.upstream_config, cogvideox.rules),
     )
 }  # fmt: skip
 """Upstream class -> component."""
 
-FAMILIES: dict[str, Family] = {"sd3": sd3_family.FAMILY, "wan": wan_family.FAMILY}
+FAMILIES: dict[str, Family] = {"sd3": sd3_family.FAMILY, "wan": wan_family.FAMILY, "cogvideox": cogvideox_family.FAMILY}
 """Our name of a family -> what its checkpoints hold."""
 
 IGNORED_PREFIXES = tuple(prefix for family in FAMILIES.values() for prefix in family.ignored)

@@ -1,7 +1,8 @@
 """The pipeline of each family, by the name that `convert.registry` gives it."""
 
 from jdit.pipeline.base import Pipeline
+from jdit.pipeline.cogvideox import CogVideoXVideo
 from jdit.pipeline.sd3 import StableDiffusion3
 from jdit.pipeline.wan import WanVideo
 
-PIPELINES: dict[str, type[Pipeline]] = {"sd3": StableDiffusion3, "wan": WanVideo}
+PIPELINES: dict[str, type[Pipeline]] = {"sd3": StableDiffusion3, "wan": WanVideo, "cogvideox": CogVideoXVideo}
