@@ -212,8 +212,14 @@ class CogVideoXVideo(base.Pipeline):
             out.append("this model takes no video, only a picture as image")
         if not self.pictured and image:
             out.append("this model takes no image: it makes videos of text, or of another video")
-        if given.get("strength") is not None and not video:
+        strength = given.get("strength")
+        if strength is not None and not video:
             out.append("strength goes with video")
+        elif strength is not None:
+            try:
+                sampling.start_index(or_(given.get("steps"), self.plan.steps), strength, whole=True)
+            except ValueError as e:
+                out.append(str(e))
         dynamic = given.get("dynamic_guidance")
         if dynamic is not None and not isinstance(dynamic, bool):
             out.append(f"dynamic_guidance={dynamic!r}; it must be True or False")
