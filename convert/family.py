@@ -40,6 +40,7 @@ class Family:
         settings: fields of model_index.json that say how the pipeline is run.
         guess: our configs -> those settings, for releases that carry none.
         pipeline: our configs -> the pipeline class to be written back, where it is not the first.
+        complete: our configs -> those of them that the others say more of, where they were read off shapes.
         ignored: prefixes of keys in single files that belong to no component.
         beside: component -> names of the files that hold it beside a release's main file.
         tokenizers_beside: tokenizer -> folders of original releases that hold it under another name.
@@ -55,6 +56,7 @@ class Family:
     settings: tuple[str, ...] = ()
     guess: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
     pipeline: Callable[[Mapping[str, Any]], str] | None = None
+    complete: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
     ignored: tuple[str, ...] = ()
     beside: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     tokenizers_beside: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)

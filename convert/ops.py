@@ -3,7 +3,7 @@
 Letters: O out, I in, n fused parts. Every op acts on one tensor of one layer.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -42,6 +42,19 @@ def fused_bias(n: int) -> Op:
     return Op(f"fused_bias({n})", lambda b: b.reshape(n, -1), lambda b: b.reshape(-1))
 
 
+def fused_linear_in(order: Sequence[int]) -> Op:
+    """`fused_linear` whose parts are PyTorch's in this order."""
+    plain, back = fused_linear(len(order)), np.argsort(order)
+    name = f"fused_linear_in{tuple(order)}"
+    return Op(name, lambda w: plain.forward(w)[:, order], lambda w: plain.inverse(w[:, back]))
+
+
+def fused_bias_in(order: Sequence[int]) -> Op:
+    plain, back = fused_bias(len(order)), np.argsort(order)
+    name = f"fused_bias_in{tuple(order)}"
+    return Op(name, lambda b: plain.forward(b)[list(order)], lambda b: plain.inverse(b[back]))
+
+
 def fused_linear_reversed(n: int) -> Op:
     """`fused_linear` with the parts in the opposite order: (scale, shift) <-> (shift, scale)."""
     plain = fused_linear(n)
@@ -69,6 +82,27 @@ def patch_conv3d(patch: tuple[int, int, int], channels: int) -> Op:
         f"patch_conv3d{patch}",
         lambda w: w.reshape(w.shape[0], channels, p, q, r).transpose(2, 3, 4, 1, 0).reshape(p * q * r * channels, -1),
         lambda w: w.reshape(p, q, r, channels, -1).transpose(4, 3, 0, 1, 2),
+    )
+
+
+def patch_linear(patch: tuple[int, int, int], channels: int) -> Op:
+    """A dense layer on patches whose channels come first: O (C p q r) <-> (p q r C) O."""
+    bias = patch_bias(patch, channels)
+    return Op(f"patch_linear{patch}", lambda w: bias.forward(w.T), lambda w: bias.inverse(w).T)
+
+
+def patch_linear_out(patch: tuple[int, int, int], channels: int) -> Op:
+    """A dense layer to patches whose channels come first: (C p q r) I <-> I (p q r C)."""
+    bias = patch_bias(patch, channels)
+    return Op(f"patch_linear_out{patch}", lambda w: bias.forward(w).T, lambda w: bias.inverse(w.T))
+
+
+def patch_bias(patch: tuple[int, int, int], channels: int) -> Op:
+    """The first axis of `patch_linear_out`: (C p q r) <-> (p q r C)."""
+    return Op(
+        f"patch_bias{patch}",
+        lambda b: np.moveaxis(b.reshape(channels, *patch, *b.shape[1:]), 0, 3).reshape(-1, *b.shape[1:]),
+        lambda b: np.moveaxis(b.reshape(*patch, channels, *b.shape[1:]), 3, 0).reshape(-1, *b.shape[1:]),
     )
 
 

@@ -5,19 +5,23 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from convert import autoencoder_kl as kl
+from convert import autoencoder_kl_cogvideox as cogvideox_vae
 from convert import autoencoder_kl_wan as wan_vae
-from convert import clip, clip_vision, sd3, t5, wan, wan_animate
+from convert import clip, clip_vision, cogvideox, sd3, t5, wan, wan_animate
 from convert.component import Component
+from convert.families import cogvideox as cogvideox_family
 from convert.families import sd3 as sd3_family
 from convert.families import wan as wan_family
 from convert.families import wan_animate as animate_family
 from convert.family import Family
 from convert.layout import Signature
 from convert.table import Rule
+from jdit.nn.cogvideox import CogVideoX
 from jdit.nn.mmdit import MMDiT
 from jdit.nn.text.clip import CLIPText
 from jdit.nn.text.t5 import T5
 from jdit.nn.vae.autoencoder_kl import AutoencoderKL
+from jdit.nn.vae.autoencoder_kl_cogvideox import AutoencoderKLCogVideoX
 from jdit.nn.vae.autoencoder_kl_wan import AutoencoderKLWan
 from jdit.nn.vision.clip import CLIPVision
 from jdit.nn.wan import Wan
@@ -58,12 +62,18 @@ COMPONENTS: dict[str, Component] = {
             "WanAnimateTransformer3DModel", WanAnimate, wan_animate.config, wan_animate.upstream_config,
             wan_animate.rules,
         ),
+        Component(
+            cogvideox_vae.CLASS, AutoencoderKLCogVideoX, cogvideox_vae.config, cogvideox_vae.upstream_config,
+            cogvideox_vae.rules,
+        ),
+        Component(cogvideox.CLASS, CogVideoX, cogvideox.config, cogvideox.upstream_config, cogvideox.rules),
     )
 }  # fmt: skip
 """Upstream class -> component."""
 
 FAMILIES: dict[str, Family] = {
     "sd3": sd3_family.FAMILY, "wan": wan_family.FAMILY, "wan-animate": animate_family.FAMILY,
+    "cogvideox": cogvideox_family.FAMILY,
 }  # fmt: skip
 """Our name of a family -> what its checkpoints hold."""
 

@@ -31,11 +31,13 @@ class Part:
 
     Attributes:
         cfg: our config. rules: the table between `reader`'s keys and our leaves.
+        from_shapes: whether the config was read off the tensors.
     """
 
     cfg: Any
     rules: Sequence[Rule]
     reader: Reader
+    from_shapes: bool = False
 
 
 @dataclasses.dataclass
@@ -96,6 +98,9 @@ def open_source(
             tokens[name] = tokenizers.load(Path(place))
         else:
             raise ConversionError(f"{family} has no part {name!r}; it has {[*names.components, *names.tokenizers]}")
+    if names.complete is not None:
+        for name, cfg in names.complete({n: p.cfg for n, p in found.items()}).items():
+            found[name].cfg = cfg if found[name].from_shapes else found[name].cfg
     configs = {n: p.cfg for n, p in found.items()}
     variant = zoo.recognise(configs, f"{source} {path.name}")
     known = zoo.VARIANTS[variant] if variant else None
@@ -195,7 +200,7 @@ def _original(family: str, name: str, reader: Reader) -> Part:
         cfg = original.config(reader.keys(), **_release(original, reader))
     except (ValueError, TypeError) as e:  # TypeError: a tensor with another number of axes than is read off it
         raise ConversionError(f"{reader.name}: {name}: {e}") from None
-    return Part(cfg, original.rules(cfg), reader)
+    return Part(cfg, original.rules(cfg), reader, from_shapes=True)
 
 
 def _from_readers(readers: Sequence[Reader], path: Path):

@@ -21,6 +21,7 @@ Examples:
   jdit generate "a castle" --model DIR --image sketch.png --strength 0.7
   jdit generate "a cat surfing" --model DIR --frames 81 --size 832x480 -o clip.mp4
   jdit generate "the cat jumps" --model DIR --image first.png --last-image last.png -o clip.mp4
+  jdit generate "an oil painting" --model DIR --video clip.mp4 --strength 0.8 -o painted.mp4
   jdit generate "she dances" --model DIR --image her.png --pose pose.mp4 --face face.mp4 -o dance.mp4"""
 
 
@@ -68,11 +69,13 @@ def _mesh(text: str | None):
 @click.option("--guidance-2", "guidance_2", type=float,
               help="That of the second transformer (the last, less noisy steps).  [default: the model's]")  # fmt: skip
 @click.option("--shift", type=float, help="Flow shift.  [default: the checkpoint's]")
-@click.option("--solver", type=click.Choice(["euler", "unipc", "dpmpp"]), help="[default: the checkpoint's]")
+@click.option("--solver", type=click.Choice(["euler", "unipc", "dpmpp", "ddim", "dpm"]),
+              help="[default: the checkpoint's]")  # fmt: skip
 @click.option("--seed", type=int, default=0, show_default=True, help="Output i takes seed + i.")
 @click.option("-n", "--num-outputs", type=click.IntRange(1), default=1, show_default=True, help="Results a prompt.")
 @click.option("--image", type=click.Path(path_type=Path), help="Start from this picture; a video's first frame.")
 @click.option("--last-image", "last_image", type=click.Path(path_type=Path), help="A video's last frame.")
+@click.option("--video", type=click.Path(path_type=Path), help="Start from this video.")
 @click.option("--pose", "pose_video", type=click.Path(path_type=Path), help="Video of the poses that drive --image.")
 @click.option("--face", "face_video", type=click.Path(path_type=Path), help="Video of the face that drives --image.")
 @click.option("--background", "background_video", type=click.Path(path_type=Path),
@@ -83,7 +86,9 @@ def _mesh(text: str | None):
               help="Of those, how many repeat the end of the one before: 1 or 5.  [default: 1]")  # fmt: skip
 @click.option("--colour-match", type=click.FloatRange(0, 1),
               help="How far each segment is held to the colours of the one before.  [default: 0]")  # fmt: skip
-@click.option("--strength", type=float, help="With --image: how much of it is repainted, 0 to 1.  [default: 0.6]")
+@click.option("--strength", type=float,
+              help="With --image or --video: how much is repainted, 0 to 1.  [default: the family's]")  # fmt: skip
+@click.option("--dynamic-guidance", is_flag=True, help="Guidance that changes from step to step (CogVideoX).")
 @click.option("--skip-layers", help="Skip-layer guidance: layers, as 7,8,9 for SD3.5 medium.")
 @click.option("--max-text-tokens", type=int, help="T5 tokens, padding included.")
 @click.option("--vae-tiling", is_flag=True, help="Encode and decode by tiles: less memory.")

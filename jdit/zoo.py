@@ -6,10 +6,13 @@ from typing import Any, NamedTuple
 
 from flax import nnx
 
+from jdit.nn.cogvideox import CogVideoX, CogVideoXConfig
 from jdit.nn.mmdit import MMDiT, MMDiTConfig
 from jdit.nn.text.clip import CLIPText, CLIPTextConfig
 from jdit.nn.text.t5 import T5, T5Config
 from jdit.nn.vae.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from jdit.nn.vae.autoencoder_kl_cogvideox import AutoencoderKLCogVideoX
+from jdit.nn.vae.autoencoder_kl_cogvideox_config import AutoencoderKLCogVideoXConfig
 from jdit.nn.vae.autoencoder_kl_wan import AutoencoderKLWan
 from jdit.nn.vae.autoencoder_kl_wan_config import MEAN_22, STD_22, AutoencoderKLWanConfig
 from jdit.nn.vision.clip import CLIPVision, CLIPVisionConfig
@@ -40,6 +43,8 @@ MODULES: dict[type, type[nnx.Module]] = {
     CLIPVisionConfig: CLIPVision,
     WanConfig: Wan,
     WanAnimateConfig: WanAnimate,
+    CogVideoXConfig: CogVideoX,
+    AutoencoderKLCogVideoXConfig: AutoencoderKLCogVideoX,
 }
 
 _FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
@@ -61,6 +66,7 @@ PLANS = {
     "wan-animate": Plan(
         steps=20, guidance=1.0, height=720, width=1280, max_text_tokens=512, fps=30.0, segment_frames=77,
     ),
+    "cogvideox": Plan(steps=50, guidance=6.0, max_text_tokens=226),  # sizes and frames are in the transformer's config
 }  # fmt: skip
 """How a family's unknown variants are run; others as Plan() has it."""
 
@@ -136,6 +142,44 @@ _WAN_ANIMATE = {  # shift, steps, guidance and rate of the original release (wan
     ),
 }  # fmt: skip
 
+
+def _cogvideox(transformer: CogVideoXConfig, source: str, about: str, *, scale: float = 0.7, invert: bool = False,
+               snr: float = 1.0, **plan: Any) -> Variant:  # fmt: skip
+    vae = AutoencoderKLCogVideoXConfig(scale=scale, invert_scale=invert)
+    scheduler = {
+        "_class_name": "CogVideoXDDIMScheduler", "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012,
+        "beta_schedule": "scaled_linear", "clip_sample": False, "prediction_type": "v_prediction",
+        "rescale_betas_zero_snr": True, "set_alpha_to_one": True, "snr_shift_scale": snr,
+        "timestep_spacing": "trailing",
+    }  # fmt: skip
+    own = dict(height=480, width=720, num_frames=49, fps=8.0) | plan
+    components = {"transformer": transformer, "vae": vae, "text_encoder": T5Config()}
+    return Variant("cogvideox", components, scheduler, dataclasses.replace(PLANS["cogvideox"], **own), source, about)
+
+
+_COG_5B = CogVideoXConfig(heads=48, layers=42, rotary=True)
+_COG_15 = dataclasses.replace(
+    _COG_5B, patch_frames=2, patch_bias=False, sample_width=300, sample_height=300, sample_frames=81
+)
+_COG_15_PLAN: dict[str, Any] = {"height": 768, "width": 1360, "num_frames": 81, "fps": 16.0}
+_COGVIDEOX_VARIANTS = {
+    "cogvideox-2b": _cogvideox(
+        CogVideoXConfig(), "zai-org/CogVideoX-2b", "CogVideoX text to video, 2B", scale=1.15258426, snr=3.0
+    ),
+    "cogvideox-5b": _cogvideox(_COG_5B, "zai-org/CogVideoX-5b", "CogVideoX text to video, 5B"),
+    "cogvideox-5b-i2v": _cogvideox(
+        dataclasses.replace(_COG_5B, in_channels=32, learned=True), "zai-org/CogVideoX-5b-I2V",
+        "CogVideoX image to video, 5B",
+    ),
+    "cogvideox1.5-5b": _cogvideox(
+        _COG_15, "zai-org/CogVideoX1.5-5B", "CogVideoX 1.5 text to video, 5B", invert=True, **_COG_15_PLAN
+    ),
+    "cogvideox1.5-5b-i2v": _cogvideox(
+        dataclasses.replace(_COG_15, in_channels=32, ofs_dim=512), "zai-org/CogVideoX1.5-5B-I2V",
+        "CogVideoX 1.5 image to video, 5B", invert=True, **_COG_15_PLAN,
+    ),
+}  # fmt: skip
+
 VARIANTS: dict[str, Variant] = {
     "sd3-medium": Variant(
         "sd3", _sd3(_SD3), _FLOW, Plan(steps=28, guidance=7.0), "stabilityai/stable-diffusion-3-medium-diffusers",
@@ -153,7 +197,9 @@ VARIANTS: dict[str, Variant] = {
         "sd3", _sd3(_SD35_LARGE), _FLOW, Plan(steps=4, guidance=1.0), "stabilityai/stable-diffusion-3.5-large-turbo",
         "Stable Diffusion 3.5 large, distilled to 4 steps",
     ),
-    **_WAN_VARIANTS, **_WAN_ANIMATE,
+    **_WAN_VARIANTS,
+    **_WAN_ANIMATE,
+    **_COGVIDEOX_VARIANTS,
 }  # fmt: skip
 
 BUNDLED: dict[str, Plan] = {"fluent-image": Plan(steps=20, guidance=4.0)}

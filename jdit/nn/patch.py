@@ -1,4 +1,4 @@
-"""Patches in and out, and fixed 2D position tables. p patch size, h w patches a column and a row, C channels.
+"""Patches in and out, and fixed position tables. p patch size, h w patches a column and a row, C channels.
 
 In 3D: T Y X latent frames, rows, columns; t y x patches along each.
 """
@@ -51,14 +51,32 @@ def sincos_2d(dim: int, size: int, base: int) -> Float[Array, "size size dim"]:
     Args:
         size: side of the square grid. base: side that spans positions 0..base, the training resolution.
     """
-    position = np.arange(size, dtype=np.float64) * base / size
-    freqs = 1.0 / 10000 ** (np.arange(dim // 4, dtype=np.float64) / (dim // 4))
-    angles = position[:, None] * freqs
-    line = np.concatenate([np.sin(angles), np.cos(angles)], -1).astype(np.float32)  # size, dim/2
+    line = _sincos(np.arange(size) * base / size, dim // 2)
     # spread by JAX: the whole table is 0.9 GB in SD3.5-medium, and nothing where a module is only described
     columns = jnp.broadcast_to(line[None], (size, size, dim // 2))
     rows = jnp.broadcast_to(line[:, None], (size, size, dim // 2))
     return jnp.concatenate([columns, rows], -1)
+
+
+def sincos_3d(dim: int, grid: Sequence[int], scales: Sequence[float]) -> Float[Array, "N dim"]:
+    """Sine-cosine positions of a grid of frames, rows and columns in raster order, float32 (CogVideoX; upstream
+    get_3d_sincos_pos_embed): a quarter of the channels codes the frame, 3/8 the column, 3/8 the row.
+
+    Args:
+        scales: what the positions along each axis are divided by.
+    """
+    t, y, x = (np.arange(n) / scale for n, scale in zip(grid, scales))
+    spread = lambda line, *shape: jnp.broadcast_to(line.reshape(*shape, line.shape[-1]), (*grid, line.shape[-1]))
+    frames, columns, rows = _sincos(t, dim // 4), _sincos(x, 3 * dim // 8), _sincos(y, 3 * dim // 8)
+    parts = [spread(frames, -1, 1, 1), spread(columns, 1, 1, -1), spread(rows, 1, -1, 1)]
+    return jnp.concatenate(parts, -1).reshape(-1, dim)
+
+
+def _sincos(positions: Float[np.ndarray, "n"], dim: int) -> Float[np.ndarray, "n dim"]:
+    """[sin, cos] of positions along one axis, in float64 on the host."""
+    freqs = 1.0 / 10000 ** (np.arange(dim // 2, dtype=np.float64) / (dim / 2))
+    angles = np.asarray(positions, np.float64)[:, None] * freqs
+    return np.concatenate([np.sin(angles), np.cos(angles)], -1).astype(np.float32)
 
 
 def crop_centre(table: Float[Array, "S S D"], h: int, w: int) -> Float[Array, "N D"]:

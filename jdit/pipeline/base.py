@@ -140,12 +140,19 @@ class Pipeline:
         """What keeps the components of a source from working together: a line each."""
         return []
 
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The parts that a call's words and pictures go through."""
+        return ()
+
     def ready(self):
-        """Check that the parts which text goes through are there.
+        """Check that the parts which words and pictures go through are there.
 
         Raises:
             ValueError: naming those that the model came without.
         """
+        if lacks := [n for n in self.needs if n not in self.parts.configs and n not in self.parts.tokenizers]:
+            raise ValueError(f"this model came without {', '.join(lacks)}: load it with parts={{name: path}}")
 
     def size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
         """Pixels of a run: what is asked for, or the variant's own, checked."""

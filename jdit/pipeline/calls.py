@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jdit.nn.vae.tiling import one_at_a_time
 from jdit.structs import Output, Prompt
 
 Listener = Callable[[int, int], None]  # (done, of how many)
@@ -194,6 +195,12 @@ def solver_keys(seed: int | Sequence[int] | None, count: int, stochastic: bool) 
     return jnp.stack([jax.random.fold_in(key, 2) for key in keys(seed, count)])
 
 
+def posterior_keys(seed: int | Sequence[int] | None, count: int) -> jax.Array | None:
+    """A key an output for draws from an autoencoder's posterior, apart from that of the first noise, which is laid on
+    them; None takes the mode."""
+    return None if seed is None else jnp.stack([jax.random.fold_in(key, 1) for key in keys(seed, count)])
+
+
 def given_latents(latents: np.ndarray | jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """The caller's noise, float32.
 
@@ -205,23 +212,24 @@ def given_latents(latents: np.ndarray | jax.Array, shape: tuple[int, ...]) -> ja
     return jnp.asarray(latents, jnp.float32)
 
 
-def check_size(height: int, width: int, multiple: int | tuple[int, int], most: int):
+def check_size(height: int, width: int, multiple: int | tuple[int, int], most: int | tuple[int, ...]):
     """Refuse a size that the patch or the autoencoder cannot take.
 
     Args:
-        multiple: of height and width, or of each. most: how many times that a side may be.
+        multiple: of height and width, or of each. most: how many times that a side may be, or each.
 
     Raises:
         ValueError: naming the nearest sizes that work.
     """
     sides = (multiple, multiple) if isinstance(multiple, int) else multiple
+    limits = (most, most) if isinstance(most, int) else most
     problems = []
-    for name, n, side in zip(("height", "width"), (height, width), sides):
+    for name, n, side, most in zip(("height", "width"), (height, width), sides, limits):
         if n < 1 or n % side or n > side * most:
             near = [min(max(k, 1), most) * side for k in (n // side, n // side + 1)]
             problems.append(f"{name}={n} does not work, {' or '.join(map(str, sorted(set(near))))} would")
     if problems:
-        of = dict.fromkeys(f"multiples of {side} up to {side * most}" for side in sides)
+        of = dict.fromkeys(f"multiples of {side} up to {side * most}" for side, most in zip(sides, limits))
         raise ValueError(f"{'; '.join(problems)} ({' and '.join(of)})")
 
 
@@ -249,6 +257,20 @@ def check_finite(x: jax.Array, stage: str):
         raise FloatingPointError(
             f"the latents hold NaN or infinity after {stage}: try dtype float32 or a lower guidance"
         )
+
+
+def decode_video(vae: Any, z: jax.Array, frames: int, *, kind: str, tiles: Any, slicing: bool, report: bool):
+    """Raw latents (B, S, h, w, C) to `frames` frames of pixels, a chunk at a time: no video of floats is there where
+    `kind` is uint8. `slicing` decodes a video at a time; `report` tells `report_frames`."""
+    total = frames * (z.shape[0] if slicing else 1)
+
+    def done(pixels):
+        if report:
+            report_frames(pixels, total)
+        return to_pixels(pixels, kind)
+
+    whole = lambda z: vae.decode(z, tiles=tiles, finish=done)
+    return one_at_a_time(whole, z) if slicing else whole(z)
 
 
 def to_pixels(decoded: jax.Array, kind: str) -> jax.Array:

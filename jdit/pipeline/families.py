@@ -1,8 +1,11 @@
 """The pipeline of each family, by the name that `convert.registry` gives it."""
 
 from jdit.pipeline.base import Pipeline
+from jdit.pipeline.cogvideox import CogVideoXVideo
 from jdit.pipeline.sd3 import StableDiffusion3
 from jdit.pipeline.wan import WanVideo
 from jdit.pipeline.wan_animate import WanAnimation
 
-PIPELINES: dict[str, type[Pipeline]] = {"sd3": StableDiffusion3, "wan": WanVideo, "wan-animate": WanAnimation}
+PIPELINES: dict[str, type[Pipeline]] = {
+    "sd3": StableDiffusion3, "wan": WanVideo, "wan-animate": WanAnimation, "cogvideox": CogVideoXVideo,
+}  # fmt: skip

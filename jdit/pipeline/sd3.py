@@ -285,13 +285,8 @@ class StableDiffusion3(base.Pipeline):
             }  # fmt: skip
             if a["image"] is not None:
                 values["image"] = jnp.asarray(media.resize(media.picture(a["image"]), height, width))[None]
-                values["image_keys"] = None if a["seed"] is None else _posterior_keys(a["seed"], count)
+                values["image_keys"] = calls.posterior_keys(a["seed"], count)
             todo = stages(t5=False, image=a["image"] is not None, pixels=a["output"] != "latents", encode=False)
             with calls.reporting(a["on_step"]):
                 values, spent = run(todo, self.weights, values)
         return calls.result(values, timings | spent)
-
-
-def _posterior_keys(seed: int | Sequence[int], count: int) -> jax.Array:
-    """Folded, since the unfolded keys make the noise that is laid on the picture."""
-    return jnp.stack([jax.random.fold_in(key, 1) for key in calls.keys(seed, count)])

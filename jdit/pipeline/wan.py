@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from jdit import media, sampling
 from jdit.nn.vae.autoencoder_kl_wan import AutoencoderKLWan
 from jdit.nn.vae.autoencoder_kl_wan_config import AutoencoderKLWanConfig
-from jdit.nn.vae.tiling import Tiles, one_at_a_time
+from jdit.nn.vae.tiling import Tiles
 from jdit.nn.wan import Wan, WanConfig
 from jdit.pipeline import base, calls, segmented
 from jdit.pipeline.calls import or_
@@ -64,17 +64,9 @@ def finish(state: sampling.State, given: Conditions) -> Float[Array, "B S h w C"
 
 def decode(vae: AutoencoderKLWan, latents, kind: str, tiling: bool, slicing: bool, report: bool):
     """Latents to frames, a chunk at a time: no video of floats is there where `kind` is uint8."""
-    frames = (latents.shape[1] - 1) * vae.cfg.frame_factors[1] + 1
-    total = frames * (latents.shape[0] if slicing else 1)
-
-    def done(pixels):
-        if report:
-            calls.report_frames(pixels, total)
-        return calls.to_pixels(pixels, kind)
-
-    whole = lambda z: vae.decode(z, tiles=Tiles() if tiling else None, finish=done)
+    frames, tiles = (latents.shape[1] - 1) * vae.cfg.frame_factors[1] + 1, Tiles() if tiling else None
     z = vae.denormalise(latents)
-    return one_at_a_time(whole, z) if slicing else whole(z)
+    return calls.decode_video(vae, z, frames, kind=kind, tiles=tiles, slicing=slicing, report=report)
 
 
 class Piece(NamedTuple):

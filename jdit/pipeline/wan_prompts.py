@@ -63,7 +63,7 @@ class WanPipeline(base.Pipeline):
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """The parts that a call's words and pictures go through."""
+        """See the base class."""
         return ("text_encoder", "tokenizer")
 
     @property
@@ -71,11 +71,6 @@ class WanPipeline(base.Pipeline):
         """What brings a picture to the image encoder's form."""
         config = self.parts.settings.get("image_processor")
         return ImageProcessor() if config is None else ImageProcessor.from_config(config)
-
-    def ready(self):
-        """See the base class."""
-        if lacks := [n for n in self.needs if n not in self.parts.configs and n not in self.parts.tokenizers]:
-            raise ValueError(f"this model came without {', '.join(lacks)}: load it with parts={{name: path}}")
 
     def size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
         """The size of a run, checked.
