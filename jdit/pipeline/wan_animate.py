@@ -188,7 +188,7 @@ class WanAnimation(WanPipeline):
         super().check(**arguments)
         height, width = self.size(arguments.get("height"), arguments.get("width"))
         side = self.parts.configs["transformer"].face_size
-        videos = [arguments.get(n) for n in VIDEOS]
+        videos: Any = [arguments.get(n) for n in VIDEOS]
         if found := driving.check(*videos, height=height, width=width, face_size=side).problems:
             raise ValueError("; ".join(found))
 

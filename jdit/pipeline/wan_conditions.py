@@ -17,6 +17,7 @@ from jdit.nn.vae.tiling import Tiles
 from jdit.nn.vision.clip import CLIPVision
 from jdit.structs import Text
 
+Numbers = Array | np.ndarray
 Pixels = UInt8[Array, "K H W 3"] | Float[Array, "K H W 3"]
 """Pictures, or floats in [-1, 1]."""
 
@@ -92,9 +93,9 @@ def flags(given: Float[Array, "B T h w"], r: int) -> Float[Array, "B S h w r"]:
     return jnp.moveaxis(whole.reshape(whole.shape[0], -1, r, *whole.shape[2:]), 2, -1)
 
 
-def unit(pixels: UInt8[Array, "*S"] | Float[Array, "*S"]) -> Float[Array, "*S"]:
+def unit(pixels: UInt8[Numbers, "*S"] | Float[Numbers, "*S"]) -> Float[Array, "*S"]:
     """uint8 to [-1, 1]; floats are there already."""
-    return pixels if pixels.dtype != jnp.uint8 else pixels.astype(jnp.float32) / 127.5 - 1
+    return jnp.asarray(pixels if pixels.dtype != jnp.uint8 else pixels.astype(np.float32) / 127.5 - 1)
 
 
 def encode_video(vae: AutoencoderKLWan, video: Float[Array, "B T H W 3"], tiling: bool) -> Float[Array, "B S h w C"]:
