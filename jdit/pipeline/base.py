@@ -193,6 +193,17 @@ class Pipeline:
     def _generate(self, prompt, **arguments: Any) -> Output:
         raise TypeError(f"{type(self).__name__} is abstract: use a family's pipeline")
 
+    def encode(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        negative_prompt: str | Sequence[str] | None = "",
+        max_text_tokens: int | None = None,
+    ) -> Prompt:
+        """Encode prompts once, to be given to calls in their place; negative_prompt None leaves out the negatives."""
+        with self.on_mesh():
+            return self._encode(prompt, negative_prompt, {}, max_text_tokens=max_text_tokens)
+
     # ---- what the families' _generate and encode are made of
 
     def _encode(self, prompt, negative, timings: dict[str, float], **of_text: Any) -> Prompt:

@@ -5,7 +5,7 @@ B outputs, P prompts, S latent frames, h w latent rows and columns, C latent cha
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -241,17 +241,6 @@ class CogVideoXVideo(base.Pipeline):
             self._video(arguments["video"], arguments.get("num_frames"))
 
     # ---- prompts
-
-    def encode(
-        self,
-        prompt: str | Sequence[str],
-        *,
-        negative_prompt: str | Sequence[str] | None = "",
-        max_text_tokens: int | None = None,
-    ) -> Prompt:
-        """Encode prompts once, to be given to calls in their place; negative_prompt None leaves out the negatives."""
-        with self.on_mesh():
-            return self._encode(prompt, negative_prompt, {}, max_text_tokens=max_text_tokens)
 
     def _encode(self, prompt, negative, timings, max_text_tokens=None) -> Prompt:
         given = {"max_text_tokens": max_text_tokens, "image": self.pictured or None}

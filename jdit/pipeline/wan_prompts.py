@@ -1,7 +1,6 @@
 """What Wan's pipelines share: prompts through UMT5, sizes, the memory they need."""
 
 import math
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -38,17 +37,6 @@ def contexts(transformer, text: Float[Array, "P L J"], tokens: Float[Array, "1 I
 
 class WanPipeline(base.Pipeline):
     """Wan's prompts and sizes."""
-
-    def encode(
-        self,
-        prompt: str | Sequence[str],
-        *,
-        negative_prompt: str | Sequence[str] | None = "",
-        max_text_tokens: int | None = None,
-    ) -> Prompt:
-        """Encode prompts once, to be given to calls in their place; negative_prompt None leaves out the negatives."""
-        with self.on_mesh():
-            return self._encode(prompt, negative_prompt, {}, max_text_tokens=max_text_tokens)
 
     def _encode(self, prompt, negative, timings, max_text_tokens=None) -> Prompt:
         if problems := calls.number_problems({"max_text_tokens": max_text_tokens}):
