@@ -204,7 +204,7 @@ class CogVideoXVideo(base.Pipeline):
 
     def problems(self, given: Mapping[str, Any]) -> list[str]:
         """See the base class."""
-        cfg, out = self._cfg, []
+        out: list[str] = []
         image, video = given.get("image") is not None, given.get("video") is not None
         if self.pictured and not image:
             out.append("this model makes videos of a picture: it needs image")
@@ -225,13 +225,16 @@ class CogVideoXVideo(base.Pipeline):
             out.append(f"dynamic_guidance={dynamic!r}; it must be True or False")
         if dynamic and not or_(given.get("guidance"), self.plan.guidance) > 1:
             out.append("dynamic_guidance needs guidance above 1")
-        tokens = given.get("max_text_tokens")
-        if tokens is not None and self._fixed_text and tokens != cfg.text_tokens:
-            out.append(f"max_text_tokens={tokens}; this transformer has positions for {cfg.text_tokens}")
-        return out
+        return out + self._text_problems(given.get("max_text_tokens"))
+
+    def _text_problems(self, tokens: int | None) -> list[str]:
+        own = self._cfg.text_tokens
+        fits = tokens in (None, own) or not self._fixed_text
+        return [] if fits else [f"max_text_tokens={tokens}; this transformer has positions for {own}"]
 
     @property
     def _fixed_text(self) -> bool:
+        """Whether the transformer adds positions, which it has for one length of prompts."""
         return self._cfg.learned or not self._cfg.rotary
 
     def check(self, **arguments: Any):
@@ -243,8 +246,8 @@ class CogVideoXVideo(base.Pipeline):
     # ---- prompts
 
     def _encode(self, prompt, negative, timings, max_text_tokens=None) -> Prompt:
-        given = {"max_text_tokens": max_text_tokens, "image": self.pictured or None}
-        if problems := calls.number_problems(given) or self.problems(given):
+        given = {"max_text_tokens": max_text_tokens}
+        if problems := calls.number_problems(given) or self._text_problems(max_text_tokens):
             raise ValueError("; ".join(problems))
         texts, count = calls.both_texts(prompt, negative)
         self.ready()

@@ -112,6 +112,7 @@ def test_what_a_picture_model_refuses(folders):
         ({"image": PICTURE, "video": VIDEO}, "this model takes no video, only a picture as image"),
         ({"image": PICTURE, "dynamic_guidance": 2}, "dynamic_guidance=2; it must be True or False"),
         ({"image": PICTURE, "width": 256}, "width=256 does not work, 240 would"),
+        ({"image": PICTURE, "latents": np.zeros((1, 3, 6, 10, 4)), **SIZE}, r"this call needs \(1, 4, 6, 10, 4\)"),
     ):
         with pytest.raises(ValueError, match=message):
             ours("a cat", **given)

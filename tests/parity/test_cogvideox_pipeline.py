@@ -74,11 +74,10 @@ def both(theirs, ours, *, solver="ddim", output="latents", frames=3, size=SIZE, 
 
 
 def test_text_to_video(load):
-    """2B: to pixels, and 5B at another size than its own with both solvers and dynamic guidance."""
-    got, want = both(*load("2b")[:2], output="float")
-    assert got.shape == (2, 9, 48, 80, 3) and error(got, want) < 1e-4
+    """2B, and 5B at another size than its own with both solvers and dynamic guidance."""
+    assert error(*both(*load("2b")[:2])) < 1e-4
     size = dict(height=80, width=48, num_frames=16)
-    for solver, dynamic in (("ddim", True), ("dpm", False), ("dpm", True)):
+    for solver, dynamic in (("ddim", True), ("dpm", False)):
         got, want = both(*load("5b")[:2], solver=solver, dynamic=dynamic, size=size, frames=4)
         assert error(got, want) < 1e-4
 
