@@ -42,10 +42,12 @@ def test_strips_animations_and_too_short_clips(tmp_path):
 def test_groups_are_drawn_evenly():
     item = lambda n, group: data.Item(Path(f"{n}.png"), "", ("",), "train", "", 0, 0, group)
     items = [*(item(n, "run") for n in range(6)), item(6, "jump"), item(7, "")]
-    counts = lambda balance: (
-        np.bincount(np.asarray(clips.draw(jax.random.key(0), 24_000, 8, clips.shares(items, balance))), minlength=8)
-        / 24_000
-    )
+
+    def counts(balance: float) -> np.ndarray:
+        shares = clips.shares(items, balance)
+        drawn = clips.draw(jax.random.key(0), 24_000, 8, None if shares is None else jnp.asarray(shares))
+        return np.bincount(np.asarray(drawn), minlength=8) / 24_000
+
     assert clips.shares(items, 0.0) is None and np.abs(counts(0.0) - 1 / 8).max() < 0.01
     assert np.abs(counts(1.0) - [*[1 / 18] * 6, 1 / 3, 1 / 3]).max() < 0.01
     half = np.asarray([*[6**-0.5] * 6, 1, 1])

@@ -84,7 +84,8 @@ class AnimateTask:
 
     def _configs(self) -> dict[str, Any]:
         """Architectures: those of the config, with what follows from the other components."""
-        latent, tower = self.vae.cfg.latent_channels, ENCODER | dict(self.cfg.encoder)
+        latent = self.vae.cfg.latent_channels
+        tower: dict[str, Any] = ENCODER | dict(self.cfg.encoder)
         try:
             vision = CLIPVisionConfig(**tower, image_size=self.cfg.data.size)
             model = WanAnimateConfig(**{
@@ -216,8 +217,8 @@ class AnimateTask:
         for n in range(segments):
             rows = slice(n * (length - overlap), n * (length - overlap) + length)
             noise = jax.random.normal(jax.random.fold_in(jax.random.key(seed), n), shape)
-            driving = unit(pose[:, rows]), unit(face[:, rows])
-            args = (unit(stills), tail, jnp.int32(given), *driving, stills, states, noise, self.table)
+            still, *driving = (unit(jnp.asarray(a)) for a in (stills, pose[:, rows], face[:, rows]))
+            args = (still, tail, jnp.int32(given), *driving, stills, states, noise, self.table)
             made = np.asarray(self._segment(ema, self.vae_weights, *args), np.float32)
             out.append(made[:, given:])
             tail, given = np.zeros_like(made), overlap
@@ -245,7 +246,8 @@ class AnimateTask:
         figures = {"pairs": float(len(new))}
         for kind, chosen in (("", ~new), ("_new_motion", new)):
             if chosen.any():
-                figures |= {f"{k}{kind}": v for k, v in distances(*(a[chosen] for a in (made, truth, other))).items()}
+                found = distances(made[chosen], truth[chosen], other[chosen], truth[chosen][:, :1])
+                figures |= {f"{k}{kind}": v for k, v in found.items()}
         return figures
 
     def finish(self, ema: Weights, folder: Path) -> dict[str, float]:
@@ -263,9 +265,8 @@ def _others(groups: list[str]) -> tuple[Int[np.ndarray, "N M"], Int[np.ndarray, 
     """The other clips of each clip's group, filled up with the first, and how many; alone, a clip drives itself."""
     found = [[m for m, other in enumerate(groups) if other == own and m != n] or [n] for n, own in enumerate(groups)]
     widest = max(map(len, found))
-    return np.asarray([o + [o[0]] * (widest - len(o)) for o in found], np.int32), np.asarray(
-        [*map(len, found)], np.int32
-    )
+    filled = [others + others[:1] * (widest - len(others)) for others in found]
+    return np.asarray(filled, np.int32), np.asarray([len(others) for others in found], np.int32)
 
 
 def held_out_pairs(groups: list[str], trained: int, most: int) -> Pairs:
@@ -281,8 +282,8 @@ def held_out_pairs(groups: list[str], trained: int, most: int) -> Pairs:
     return Pairs(chosen[:, 0], chosen[:, 1])
 
 
-def distances(made: np.ndarray, truth: np.ndarray, other: np.ndarray) -> dict[str, float]:
-    """Root of the mean squared difference to the truth, in levels of 8 bits: of what was made, of the first frame
-    repeated, of the clip that drove it."""
+def distances(made: np.ndarray, truth: np.ndarray, other: np.ndarray, still: np.ndarray) -> dict[str, float]:
+    """Root of the mean squared difference to the truth, in levels of 8 bits: of what was `made`, of the `still` picture
+    repeated, of the `other` clip, which drove it."""
     to = lambda a: float(np.sqrt(np.square(a.astype(np.float32) - truth.astype(np.float32)).mean()))
-    return {"made": to(made), "still": to(np.broadcast_to(truth[:, :1], truth.shape)), "other": to(other)}
+    return {"made": to(made), "still": to(still), "other": to(other)}
