@@ -210,7 +210,7 @@ class Streams:
     shorter than what is asked of it. `check` is stricter.
 
     Attributes:
-        length: frames of the pose video.
+        length: frames of the pose video. fps: its rate, None where it does not say.
     """
 
     def __init__(
@@ -221,8 +221,9 @@ class Streams:
         size = (height, width)
         sizes = (size, (face_size, face_size), size, size)
         sources = (pose, face, background, None if mask is None else as_rgb(mask))
-        self._clips = [None if s is None else (s, to, _length(s)) for s, to in zip(sources, sizes)]
-        self.length = _length(pose)
+        self.length, self.fps = _length(pose)
+        lengths = (self.length, *(None if s is None else _length(s)[0] for s in sources[1:]))
+        self._clips = [None if s is None or n is None else (s, to, n) for s, to, n in zip(sources, sizes, lengths)]
 
     def frames(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray | None]:
         """Frames start to stop of pose (T, H, W, 3), face (T, S, S, 3), background and mask (T, H, W); None for those
@@ -232,8 +233,10 @@ class Streams:
         return pose, face, background, None if mask is None else luma(mask)
 
 
-def _length(source: Source) -> int:
-    return len(video(source, each=lambda frame: frame[:1, :1]).frames)
+def _length(source: Source) -> tuple[int, float | None]:
+    """Frames and rate."""
+    frames, fps = video(source, each=lambda frame: frame[:1, :1])
+    return len(frames), fps
 
 
 def _part(source: Source, to: tuple[int, int], length: int, start: int, stop: int) -> np.ndarray:
