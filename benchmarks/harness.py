@@ -182,6 +182,11 @@ def report(rows: Sequence[dict[str, Any]], about: str, tflop: Callable[[str], fl
             f"| {rate / ceiling:.0%} | {r['compile_s']:.1f} | {ratio('compile_s')} | {r['first_call_at_s']:.1f} "
             f"| {r['peak_gb']:.1f} |"
         )
+    staged = {r["case"]: r["stages"] for r in rows if "stages" in r}
+    if names := sorted({name for stages in staged.values() for name in stages}):
+        lines += ["", "Seconds a stage:", "", f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+        for case, stages in staged.items():
+            lines.append(f"| {case} | {' | '.join(f'{stages[n]:.2f}' if n in stages else '' for n in names)} |")
     return "\n".join([*lines, *(f"\nFailed: {name}." for name in failed)]) + "\n"
 
 

@@ -4,10 +4,11 @@ diffusers prepares them (pipelines/wan/pipeline_wan_animate.py and image_process
 T frames, H W pixel rows and columns of the result, S pixels of a side of a face; uint8, a frame at a time.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
 from jdit import media
@@ -47,9 +48,19 @@ class Report(NamedTuple):
 
 
 class _Clip(NamedTuple):
+    """frames: at the run's size, or a pixel of each. size: of the source. told: what `_TELL` says of each frame."""
+
     frames: np.ndarray
     size: tuple[int, int]
     fps: float | None
+    told: np.ndarray
+
+
+_TELL = {
+    "pose": lambda frame: (frame > 48).any(-1).mean(),
+    "mask": lambda frame: np.bincount(luma(frame[None]).ravel(), minlength=256),
+}
+"""What problems and notes need to know of a frame: the share of a pose that is not black, the luma of a mask."""
 
 
 def read(
@@ -76,7 +87,7 @@ def read(
     Raises:
         ValueError: all that `check` calls problems.
     """
-    report, clips = _examine(pose, face, background, mask, height, width, face_size, fps, stop)
+    report, clips = _examine(pose, face, background, mask, height, width, face_size, fps, stop, keep=True)
     if clips is None:
         raise ValueError("; ".join(report.problems))
     return clips
@@ -98,19 +109,20 @@ def check(
 
     Problems: a video that cannot be read; background without mask or the reverse; other lengths or rates than the pose
     video's; another shape (width to height) of background or mask than the pose video's; a mask with much grey, or with
-    nothing to be generated. Notes: sizes and how they change, empty or unlikely pose videos.
+    nothing to be generated. Notes: sizes and how they change, empty or unlikely pose videos. No video of a file lies in
+    memory as a whole.
     """
-    return _examine(pose, face, background, mask, height, width, face_size, fps, stop)[0]
+    return _examine(pose, face, background, mask, height, width, face_size, fps, stop, keep=False)[0]
 
 
-def _examine(pose, face, background, mask, height, width, face_size, fps, stop) -> tuple[Report, Clips | None]:
+def _examine(pose, face, background, mask, height, width, face_size, fps, stop, *, keep) -> tuple[Report, Clips | None]:
     problems, clips, size = [], {}, (height, width)
     given = {"pose": (pose, size), "face": (face, (face_size, face_size)), "background": (background, size),
              "mask": (None if mask is None else as_rgb(mask), size)}  # fmt: skip
     for name, (source, to) in given.items():
         if source is not None:
             try:
-                clips[name] = _read(source, to, stop)
+                clips[name] = _read(source, to, stop, _TELL.get(name, np.size), keep)
             except (ValueError, OSError) as e:
                 problems.append(f"{name}: {e}")
     if (background is None) != (mask is None):
@@ -118,11 +130,11 @@ def _examine(pose, face, background, mask, height, width, face_size, fps, stop) 
         problems.append(f"{have} needs {need}: together they say where a figure is replaced")
     if "mask" in clips:
         clips["mask"] = clips["mask"]._replace(frames=luma(clips["mask"].frames))
-        problems += _mask_problems(clips["mask"].frames)
+        problems += _mask_problems(clips["mask"].told)
     problems += _mismatches(clips, fps)
     notes = [_resizing(name, clip, given[name][1]) for name, clip in clips.items()]
     if "pose" in clips:
-        notes += _pose_notes(clips["pose"].frames)
+        notes += _pose_notes(clips["pose"].told)
     if problems:
         return Report(problems, notes), None
     rate = next((c.fps for c in clips.values() if c.fps is not None), None)
@@ -130,17 +142,24 @@ def _examine(pose, face, background, mask, height, width, face_size, fps, stop) 
     return Report(problems, notes), Clips(*frames, fps=rate, notes=tuple(notes))  # type: ignore[arg-type]
 
 
-def _read(source: Source, to: tuple[int, int], stop: int | None) -> _Clip:
+def _read(source: Source, to: tuple[int, int], stop: int | None, tell: Callable, keep: bool) -> _Clip:
     sizes: set[tuple[int, int]] = set()
+    told = []
 
     def each(frame: np.ndarray) -> np.ndarray:
         sizes.add(frame.shape[:2])
-        return media.resize(frame, *to)
+        frame = media.resize(frame, *to)
+        told.append(tell(frame))
+        return frame if keep else _pixel(frame)
 
     frames, fps = video(source, stop=stop, each=each)
     if len(sizes) > 1:
         raise ValueError(f"its frames have one size, not {', '.join(f'{w} x {h}' for h, w in sorted(sizes))}")
-    return _Clip(frames, sizes.pop(), fps)
+    return _Clip(frames, sizes.pop(), fps, np.stack(told))
+
+
+def _pixel(frame: np.ndarray) -> np.ndarray:
+    return frame[:1, :1].copy()  # a view would keep the frame
 
 
 def _mismatches(clips: dict[str, _Clip], fps: float | None) -> list[str]:
@@ -170,8 +189,8 @@ def _apart(a: float, b: float | None) -> bool:
     return b is not None and abs(a / b - 1) > 0.005  # 29.97 and 30 are the same to viewers, 24 and 25 are not
 
 
-def _mask_problems(mask: UInt8[np.ndarray, "T H W"]) -> list[str]:
-    counts = np.sum([np.bincount(frame.ravel(), minlength=256) for frame in mask], 0) / mask.size
+def _mask_problems(luma_counts: Int[np.ndarray, "T 256"]) -> list[str]:
+    counts = luma_counts.sum(0) / luma_counts.sum()
     grey = counts[GREY[0] : GREY[1] + 1].sum()
     if grey > GREY_SHARE:
         return [f"mask is grey in {grey:.0%} of its pixels: white is to be generated, black is kept"]
@@ -180,11 +199,10 @@ def _mask_problems(mask: UInt8[np.ndarray, "T H W"]) -> list[str]:
     return []
 
 
-def _pose_notes(pose: UInt8[np.ndarray, "T H W 3"]) -> list[str]:
-    lit = np.array([(frame > 48).any(-1).mean() for frame in pose])
+def _pose_notes(lit: Float[np.ndarray, "T"]) -> list[str]:
     notes = []
     if empty := int((lit == 0).sum()):
-        notes.append(f"pose: {empty} of {len(pose)} frames are black, without a figure")
+        notes.append(f"pose: {empty} of {len(lit)} frames are black, without a figure")
     if np.median(lit) > 0.5:
         notes.append(f"pose: {np.median(lit):.0%} of a frame is not black; skeletons on black are needed (jdit pose)")
     return notes
@@ -210,7 +228,7 @@ class Streams:
     shorter than what is asked of it. `check` is stricter.
 
     Attributes:
-        length: frames of the pose video.
+        length: frames of the pose video. fps: its rate, None where it does not say.
     """
 
     def __init__(
@@ -221,8 +239,9 @@ class Streams:
         size = (height, width)
         sizes = (size, (face_size, face_size), size, size)
         sources = (pose, face, background, None if mask is None else as_rgb(mask))
-        self._clips = [None if s is None else (s, to, _length(s)) for s, to in zip(sources, sizes)]
-        self.length = _length(pose)
+        self.length, self.fps = _length(pose)
+        lengths = (self.length, *(None if s is None else _length(s)[0] for s in sources[1:]))
+        self._clips = [None if s is None or n is None else (s, to, n) for s, to, n in zip(sources, sizes, lengths)]
 
     def frames(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray | None]:
         """Frames start to stop of pose (T, H, W, 3), face (T, S, S, 3), background and mask (T, H, W); None for those
@@ -232,8 +251,10 @@ class Streams:
         return pose, face, background, None if mask is None else luma(mask)
 
 
-def _length(source: Source) -> int:
-    return len(video(source, each=lambda frame: frame[:1, :1]).frames)
+def _length(source: Source) -> tuple[int, float | None]:
+    """Frames and rate."""
+    frames, fps = video(source, each=_pixel)
+    return len(frames), fps
 
 
 def _part(source: Source, to: tuple[int, int], length: int, start: int, stop: int) -> np.ndarray:

@@ -5,17 +5,37 @@ from pathlib import Path
 
 from jdit import sampling
 
-PAGE = (Path(__file__).resolve().parents[1] / "docs" / "sampling.md").read_text()
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+PAGE = (DOCS / "sampling.md").read_text()
+
+
+def run(name: str) -> tuple[int, dict]:
+    """How many blocks of Python a page has, and what they leave behind."""
+    blocks, space = re.findall(r"^```python\n(.*?)^```", (DOCS / name).read_text(), re.DOTALL | re.MULTILINE), {}
+    for block in blocks:
+        exec(compile(block, f"docs/{name}", "exec"), space)
+    return len(blocks), space
 
 
 def test_the_example_runs():
-    blocks = re.findall(r"^```python\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 3
-    space = {}
-    for block in blocks:
-        exec(compile(block, "docs/sampling.md", "exec"), space)
+    count, space = run("sampling.md")
+    assert count == 3
     assert space["progress"].index == 9 and space["late"].steps == 30
     assert space["changed"].shape == space["sample"].shape
+
+
+def test_segments():
+    count, space = run("segments.md")
+    assert count == 2 and [len(piece) for piece in space["pieces"]] == [5, 5, 5]
+    assert list(space["timings"]) == ["plan", "make[0]", "make[1]", "make[2]", "merge"]
+
+
+def test_the_table_of_segments():
+    rows = re.findall(r"^\| (\d+) \| (\d+) \| (\d+) \| (\d+) \| (\d+) \|$", (DOCS / "segments.md").read_text(), re.M)
+    assert len(rows) == 7
+    for frames, *told in (map(int, row) for row in rows):
+        plans = [sampling.segments.plan(frames, 77, overlap) for overlap in (1, 5)]
+        assert told == [n for plan in plans for n in (plan.count, plan.padded)]
 
 
 def test_the_names_exist():

@@ -1,5 +1,7 @@
 """Driving videos: what is refused, all at once, and what is told of the rest."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -128,3 +130,19 @@ def test_frames_are_resized_while_they_are_read(tmp_path):
 def test_reference_that_cannot_be():
     with pytest.raises(ValueError, match="a picture of 1000 x 1 leaves nothing in 48 x 32"):
         driving.reference(np.zeros((1, 1000, 3), np.uint8), 32, 48)
+
+
+def test_no_video_lies_in_memory_as_a_whole(tmp_path):
+    for name, make in {"pose": skeleton, "face": face, "street": skeleton, "mask": mask}.items():
+        frames = make(150)
+        write_video(frames if frames.ndim == 4 else np.repeat(frames[..., None], 3, -1), tmp_path / f"{name}.mp4", 30)
+    paths = [tmp_path / f"{name}.mp4" for name in ("pose", "face", "street", "mask")]
+    tracemalloc.start()
+    try:
+        assert not driving.check(*paths, height=64, width=96, face_size=40).problems
+        clips = driving.Streams(*paths, height=64, width=96, face_size=40)
+        assert clips.length == 150 and clips.fps == 30 and clips.frames(140, 150)[0].shape == (10, 64, 96, 3)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 150 * 64 * 96 * 3 / 3

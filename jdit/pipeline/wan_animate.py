@@ -114,9 +114,10 @@ class WanAnimation(WanPipeline):
     """Wan-Animate: animate the figure of `image` as `pose_video` and `face_video` move, or with `background_video` and
     `mask_video` (white is to be generated) put it into another video in the place of a figure there.
 
-    The video has as many frames as `pose_video`. Beside the common arguments: `segment_frames` and `overlap_frames` (of
-    a segment, and of those how many are the last of the segment before: 1 or 5), `colour_match` (0 to 1: how far each
-    segment is held to the colours of the one before it), `vae_tiling`, and those of `TAKES`.
+    The video has as many frames as `pose_video`, and its rate where that is a file. Beside the common arguments:
+    `segment_frames` and `overlap_frames` (of a segment, and of those how many are the last of the segment before: 1 or
+    5), `colour_match` (0 to 1: how far each segment is held to the colours of the one before it), `vae_tiling`, and
+    those of `TAKES`.
     """
 
     segmented = True
@@ -230,21 +231,17 @@ class WanAnimation(WanPipeline):
             "length": plan.length, "guidance": jnp.float32(scale) if guided else None, "steps": table.steps,
             "report": a["on_step"] is not None, "output": a["output"], "vae_tiling": bool(a.get("vae_tiling")),
             "hold": jnp.float32(hold) if hold else None, "tail": Tail(tail, jnp.array(True)), "plan": plan,
-            "make": make,
+            "make": make, "fps": clips.fps or self.plan.fps or 30,
         }  # fmt: skip
 
     def _generate(self, prompt, **a: Any) -> Output:
         timings: dict[str, float] = {}
         with self.on_mesh():
             values = self._values(prompt, a, timings)
-            return segmented.whole(self, stages(pixels=a["output"] != "latents"), values, a, timings, self._fps)
+            return segmented.whole(self, stages(pixels=a["output"] != "latents"), values, a, timings, values["fps"])
 
     def _stream(self, prompt, **a: Any) -> Iterator[Output]:
         timings: dict[str, float] = {}
         with self.on_mesh():
             values = self._values(prompt, a, timings)
-        yield from segmented.pieces(self, stages(pixels=a["output"] != "latents"), values, a, timings, self._fps)
-
-    @property
-    def _fps(self) -> float:
-        return self.plan.fps or 30
+        yield from segmented.pieces(self, stages(pixels=a["output"] != "latents"), values, a, timings, values["fps"])
