@@ -45,4 +45,4 @@ def rules(cfg: DecoderConfig, prefix: str, path: str = "", *, alias: bool = Fals
         out.append(
             Rule(f"{layer}mlp.{name}_proj.weight", f"{blocks}mlp.up.kernel", ops.linear, (ALL, n), layers, alias)
         )
-    return out + [Rule(f"{layer}self_attn.rotary_emb.inv_freq", None)]  # a buffer of older releases
+    return [*out, Rule(f"{layer}self_attn.rotary_emb.inv_freq", None)]  # a buffer of older releases

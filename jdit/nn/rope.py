@@ -14,7 +14,7 @@ Layout = Literal["pairs", "halves"]
 
 
 class Rope(NamedTuple):
-    """Cosines and sines, one column a rotated pair; the same for all samples, or with a batch axis before the tokens."""
+    """Cosines and sines, one column a rotated pair; the same for all samples, or with a batch axis first."""
 
     cos: Float[Array, "*B N K/2"]
     sin: Float[Array, "*B N K/2"]

@@ -27,8 +27,8 @@ class Qwen2_5VLConfig:
         image_token_id: the token that a picture's tokens replace.
     """
 
-    language: DecoderConfig = DecoderConfig()
-    vision: Qwen2_5VisionConfig | None = Qwen2_5VisionConfig()
+    language: DecoderConfig = dataclasses.field(default_factory=DecoderConfig)
+    vision: Qwen2_5VisionConfig | None = dataclasses.field(default_factory=Qwen2_5VisionConfig)
     image_token_id: int = 151655
     dtype: str = "float32"
     rules: Rules = Rules()

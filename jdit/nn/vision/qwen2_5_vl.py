@@ -101,7 +101,7 @@ def window_parts(rows: int, columns: int, side: int) -> list[Int[np.ndarray, "_"
 
 
 def layout(grids: Sequence[tuple[int, int]], cfg: Qwen2_5VisionConfig) -> tuple[Segments, Segments, np.ndarray]:
-    """(windows, whole pictures, positions (N, 2) of the patches) of pictures of these rows and columns of merged tokens."""
+    """(windows, whole pictures, rows and columns (N, 2) of the patches) of pictures of grids of merged tokens."""
     m, start = cfg.merge, 0
     windows, whole, positions = [], [], []
     for rows, columns in grids:
@@ -150,7 +150,7 @@ class VisionBlock(nnx.Module):
 
     def _within(self, s: Segments, q, k, v) -> Float[Array, "B N D"]:
         """Attention of each patch to those of its segment: the segments as a batch, cut by lengths."""
-        b, n, h, dims = q.shape
+        b, _, h, dims = q.shape
         count, longest = s.index.shape
         q, k, v = (a[:, s.index.reshape(-1)].reshape(b * count, longest, h, dims) for a in (q, k, v))
         lengths = None if (s.lengths == longest).all() else jnp.tile(jnp.asarray(s.lengths), b)
