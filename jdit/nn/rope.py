@@ -67,7 +67,7 @@ def grid_rope(axes: Sequence[Float[np.ndarray, "n"]], dims: Sequence[int], theta
     return Rope(cells("cos"), cells("sin"))
 
 
-def rope_at(positions: Int[Array, "*S A"], axes: Sequence[int], freqs: Float[np.ndarray, "K/2"]) -> Rope:
+def rope_at(positions: Int[Array, "*S A"], axes: Int[np.ndarray, "K/2"], freqs: Float[np.ndarray, "K/2"]) -> Rope:
     """The table of positions that are only known when the program runs: each sample of a batch may have its own.
 
     Args:

@@ -76,7 +76,7 @@ class QwenImageProcessor:
         """
         size = config.get("size") or {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280}
         keys = (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge"))
-        limits = [config.get(key) or size.get(edge) for key, edge in keys]
+        limits: list[Any] = [config.get(key) or size.get(edge) for key, edge in keys]
         kind = config.get("image_processor_type") or KINDS[0]
         problems = [] if kind in KINDS else [f"{kind!r} is not supported; supported: {', '.join(KINDS)}"]
         for key, fixed in FIXED.items():

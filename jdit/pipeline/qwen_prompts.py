@@ -123,5 +123,8 @@ def prompt_ids(
     tokens = np.full((len(rows), columns), tokenizer.pad_id or 0, np.int32)
     for row, ids in zip(tokens, rows):
         row[: len(ids)] = ids
-    image_id = tokenizer.backend.token_to_id(PICTURE)
-    return PromptIds(tokens, lengths, picture_positions(tokens, grids, image_id) if grids else None)
+    if not grids:
+        return PromptIds(tokens, lengths, None)
+    if (image_id := tokenizer.backend.token_to_id(PICTURE)) is None:
+        raise ValueError(f"this tokenizer has no token {PICTURE}")
+    return PromptIds(tokens, lengths, picture_positions(tokens, grids, image_id))

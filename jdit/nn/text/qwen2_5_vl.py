@@ -37,7 +37,8 @@ class Qwen2_5VLConfig:
         for name, cls in (("language", DecoderConfig), ("vision", Qwen2_5VisionConfig)):
             part: Any = getattr(self, name)
             if isinstance(part, Mapping):  # read from a file
-                part = cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in part.items()})
+                fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in part.items()}
+                part = cls(**fields)
             if part is not None:
                 object.__setattr__(self, name, dataclasses.replace(part, dtype=self.dtype, rules=self.rules))
         if self.vision is not None and self.vision.out != self.language.width:
