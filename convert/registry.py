@@ -7,7 +7,7 @@ from typing import Any
 from convert import autoencoder_kl as kl
 from convert import autoencoder_kl_cogvideox as cogvideox_vae
 from convert import autoencoder_kl_wan as wan_vae
-from convert import clip, clip_vision, cogvideox, sd3, t5, wan, wan_animate
+from convert import clip, clip_vision, cogvideox, qwen2_5_vl, sd3, t5, wan, wan_animate
 from convert.component import Component
 from convert.families import cogvideox as cogvideox_family
 from convert.families import sd3 as sd3_family
@@ -19,6 +19,7 @@ from convert.table import Rule
 from jdit.nn.cogvideox import CogVideoX
 from jdit.nn.mmdit import MMDiT
 from jdit.nn.text.clip import CLIPText
+from jdit.nn.text.qwen2_5_vl import Qwen2_5VL
 from jdit.nn.text.t5 import T5
 from jdit.nn.vae.autoencoder_kl import AutoencoderKL
 from jdit.nn.vae.autoencoder_kl_cogvideox import AutoencoderKLCogVideoX
@@ -57,6 +58,9 @@ COMPONENTS: dict[str, Component] = {
         _clip_vision("CLIPVisionModel"),
         _t5("T5EncoderModel"),
         _t5("UMT5EncoderModel"),
+        Component(
+            qwen2_5_vl.CLASS, Qwen2_5VL, qwen2_5_vl.config, qwen2_5_vl.upstream_config, qwen2_5_vl.rules, "transformers"
+        ),
         Component("WanTransformer3DModel", Wan, wan.config, wan.upstream_config, wan.rules),
         Component(
             "WanAnimateTransformer3DModel", WanAnimate, wan_animate.config, wan_animate.upstream_config,
@@ -96,8 +100,8 @@ def of_config(cfg: Any) -> Component:
 
 def describe(cfg: Any) -> dict[str, Any]:
     """A config as JSON: its class and the fields that are architecture (placement and dtype are chosen at loading)."""
-    fields = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ("dtype", "rules")}
-    return {"class": type(cfg).__name__, **fields}
+    architecture = lambda fields: {k: v for k, v in fields if k not in ("dtype", "rules")}
+    return {"class": type(cfg).__name__, **dataclasses.asdict(cfg, dict_factory=architecture)}
 
 
 def from_description(value: Mapping[str, Any]) -> Any:

@@ -1,7 +1,7 @@
 """Tokenizers from the files of a checkpoint, and back.
 
-Three forms are read: tokenizer.json; vocab.json with merges.txt (CLIP); spiece.model (T5). The ids are those of
-transformers' CLIPTokenizer and T5TokenizerFast. No package but `tokenizers` is needed.
+Three forms are read: tokenizer.json; vocab.json with merges.txt (CLIP, Qwen2); spiece.model (T5). The ids are those of
+transformers' CLIPTokenizer, Qwen2Tokenizer and T5TokenizerFast. No package but `tokenizers` is needed.
 """
 
 import json
@@ -27,13 +27,25 @@ CLIP_NAMED = {
     "pad_token": "<|endoftext|>",
 }
 T5_NAMED = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
-NAMED_OF = dict.fromkeys(CLIP_CLASSES, CLIP_NAMED) | dict.fromkeys(("T5Tokenizer", "T5TokenizerFast"), T5_NAMED)
+QWEN2_CLASSES = ("Qwen2Tokenizer", "Qwen2TokenizerFast")
+QWEN2_NAMED = dict.fromkeys(("eos_token", "pad_token"), "<|endoftext|>")
+NAMED_OF = {
+    **dict.fromkeys(CLIP_CLASSES, CLIP_NAMED),
+    **dict.fromkeys(("T5Tokenizer", "T5TokenizerFast"), T5_NAMED),
+    **dict.fromkeys(QWEN2_CLASSES, QWEN2_NAMED),
+}
 """The special tokens that upstream's classes have where a config names none."""
 UNLIMITED = 10**9
 """Limits above this are transformers' way to say that there is none."""
 
 CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 """What a word is: simple_tokenizer.py of OpenAI's CLIP."""
+
+
+QWEN2_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""The same of transformers' models/qwen2/tokenization_qwen2.py."""
 
 
 class TokenizerError(ValueError):
@@ -56,10 +68,12 @@ def load(folder: str | Path) -> Tokenizer:
         backend = _parse(folder / "tokenizer.json", lambda f: Backend.from_file(str(f)))
     elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         kind = config.get("tokenizer_class", CLIP_CLASSES[0])
-        if kind not in CLIP_CLASSES:
-            raise TokenizerError(f"{folder}: vocab.json with merges.txt is read for CLIPTokenizer, not for {kind!r}")
-        config = {**CLIP_NAMED, **config}
-        backend = _clip(folder, config)
+        if kind not in (*CLIP_CLASSES, *QWEN2_CLASSES):
+            raise TokenizerError(
+                f"{folder}: vocab.json with merges.txt is read for CLIPTokenizer and Qwen2Tokenizer, not for {kind!r}"
+            )
+        config = {**NAMED_OF[kind], **config}
+        backend = _clip(folder, config) if kind in CLIP_CLASSES else _qwen2(folder)
     elif (folder / "spiece.model").is_file():
         config = {**T5_NAMED, **config}
         backend = _t5(folder / "spiece.model", config)
@@ -97,7 +111,8 @@ def save(tokenizer: Tokenizer, folder: str | Path) -> Path:
 
 
 def export(tokenizer: Tokenizer, folder: str | Path) -> None:
-    """Write what transformers reads: tokenizer.json, tokenizer_config.json, and vocab.json with merges.txt for CLIP."""
+    """Write what transformers reads: tokenizer.json, tokenizer_config.json, and vocab.json with merges.txt for CLIP and
+    Qwen2."""
     folder = Path(folder)
     backend = tokenizer.backend
     model = json.loads(backend.to_str())["model"]
@@ -117,6 +132,9 @@ def export(tokenizer: Tokenizer, folder: str | Path) -> None:
         config["extra_ids"] = sum(token.startswith("<extra_id_") for token in backend.get_vocab())
     elif model.get("end_of_word_suffix") == "</w>":
         config["tokenizer_class"] = CLIP_CLASSES[0]
+    elif QWEN2_WORDS in _patterns(backend):
+        config["tokenizer_class"] = QWEN2_CLASSES[0]
+    if config["tokenizer_class"] in (CLIP_CLASSES[0], QWEN2_CLASSES[0]):
         merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
         _write(folder / "vocab.json", json.dumps(model["vocab"], ensure_ascii=False))
         _write(folder / "merges.txt", "\n".join(["#version: 0.2", *merges, ""]))
@@ -198,6 +216,38 @@ def _add_specials(backend: Backend, config: Mapping, folder: Path) -> None:
             known.add(_content(token))
 
 
+def _bpe(merges: Path, tokens: dict, **options: Any) -> models.BPE:
+    """Byte pairs in the order of merges.txt.
+
+    Raises:
+        ValueError: a line that is no pair.
+    """
+    lines = merges.read_text(encoding="utf-8").split("\n")
+    pairs: list[Any] = [tuple(line.split(" ")) for line in lines[lines[0].startswith("#version") :] if line]
+    if odd := [p for p in pairs if len(p) != 2]:
+        raise ValueError(f"{odd[0]} is not a pair")
+    return models.BPE(tokens, pairs, continuing_subword_prefix="", fuse_unk=False, **options)
+
+
+def _patterns(backend: Backend) -> list[str]:
+    """The regular expressions that a tokenizer splits words by."""
+    steps = json.loads(backend.to_str())["pre_tokenizer"] or {}
+    return [s["pattern"].get("Regex", "") for s in steps.get("pretokenizers", [steps]) if "pattern" in s]
+
+
+def _qwen2(folder: Path) -> Backend:
+    """Byte-level BPE without marks at the ends of words; nothing stands around a text."""
+    tokens = _json(folder / "vocab.json")
+    backend = Backend(_parse(folder / "merges.txt", lambda f: _bpe(f, tokens, end_of_word_suffix="")))
+    backend.normalizer = normalizers.NFC()
+    words = pre_tokenizers.Split(Regex(QWEN2_WORDS), behavior="isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
 def _clip(folder: Path, config: Mapping) -> Backend:
     """Byte-level BPE with `</w>` at the ends of words, lower case, one space for any white space."""
     vocab, merges = folder / "vocab.json", folder / "merges.txt"
@@ -206,16 +256,7 @@ def _clip(folder: Path, config: Mapping) -> Backend:
     if missing := [t for t in (bos, eos) if t not in tokens]:
         raise TokenizerError(f"{vocab}: lacks {missing}")
 
-    def read(file: Path) -> models.BPE:
-        lines = file.read_text(encoding="utf-8").split("\n")
-        pairs: list[Any] = [tuple(line.split(" ")) for line in lines[lines[0].startswith("#version") :] if line]
-        if odd := [p for p in pairs if len(p) != 2]:
-            raise ValueError(f"{odd[0]} is not a pair")
-        return models.BPE(
-            tokens, pairs, unk_token=unk, continuing_subword_prefix="", end_of_word_suffix="</w>", fuse_unk=False
-        )
-
-    backend = Backend(_parse(merges, read))
+    backend = Backend(_parse(merges, lambda f: _bpe(f, tokens, unk_token=unk, end_of_word_suffix="</w>")))
     backend.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
     )

@@ -9,6 +9,7 @@ from flax import nnx
 from jdit.nn.cogvideox import CogVideoX, CogVideoXConfig
 from jdit.nn.mmdit import MMDiT, MMDiTConfig
 from jdit.nn.text.clip import CLIPText, CLIPTextConfig
+from jdit.nn.text.qwen2_5_vl import Qwen2_5VL, Qwen2_5VLConfig
 from jdit.nn.text.t5 import T5, T5Config
 from jdit.nn.vae.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from jdit.nn.vae.autoencoder_kl_cogvideox import AutoencoderKLCogVideoX
@@ -40,6 +41,7 @@ MODULES: dict[type, type[nnx.Module]] = {
     AutoencoderKLWanConfig: AutoencoderKLWan,
     CLIPTextConfig: CLIPText,
     T5Config: T5,
+    Qwen2_5VLConfig: Qwen2_5VL,
     CLIPVisionConfig: CLIPVision,
     WanConfig: Wan,
     WanAnimateConfig: WanAnimate,

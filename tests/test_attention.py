@@ -9,11 +9,13 @@ from jdit.nn import attention as module
 from jdit.nn.attention import attention
 
 
-def formula(q, k, v, lengths=None):
+def formula(q, k, v, lengths=None, causal=False):
     q, k, v = (np.asarray(a, np.float64) for a in (q, k, v))
     scores = np.einsum("bnhk,bshk->bhns", q, k) / np.sqrt(q.shape[-1])
     if lengths is not None:
         scores = np.where(np.arange(k.shape[1]) < np.asarray(lengths)[:, None, None, None], scores, -np.inf)
+    if causal:
+        scores = np.where(np.tri(*scores.shape[2:], dtype=bool), scores, -np.inf)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     return np.einsum("bhns,bshk->bnhk", weights / weights.sum(-1, keepdims=True), v)
 
@@ -26,16 +28,34 @@ def draw(n, s, h=2, d=16, b=2):
 
 @pytest.mark.parametrize("name", ["xla", "chunked"])
 @pytest.mark.parametrize("lengths", [None, [5, 9]])
-def test_backends(name, lengths):
+@pytest.mark.parametrize("causal", [False, True])
+def test_backends(name, lengths, causal):
     q, k, v = draw(7, 9)
     lengths = None if lengths is None else jnp.array(lengths)
-    got = attention(q, k, v, kv_lengths=lengths, implementation=name)
-    np.testing.assert_allclose(got, formula(q, k, v, lengths), rtol=1e-5, atol=1e-6)
+    got = attention(q, k, v, kv_lengths=lengths, causal=causal, implementation=name)
+    np.testing.assert_allclose(got, formula(q, k, v, lengths, causal), rtol=1e-5, atol=1e-6)
 
 
 def test_chunks_cover_a_sequence_that_is_no_multiple():
     q, k, v = draw(module.CHUNK + 3, 5)
     np.testing.assert_allclose(attention(q, k, v, implementation="chunked"), formula(q, k, v), rtol=1e-5, atol=1e-6)
+
+
+def test_a_causal_chunk_knows_where_it_starts():
+    q, k, v = draw(n := module.CHUNK + 3, n, h=1, b=1)
+    got = attention(q, k, v, causal=True, implementation="chunked")
+    np.testing.assert_allclose(got, formula(q, k, v, causal=True), rtol=1e-5, atol=1e-6)
+
+
+def test_cudnn_is_told_of_causality(monkeypatch):
+    """There is no GPU in the tests: what reaches jax.nn is run by its own plain implementation."""
+    q, k, v = (a.astype(jnp.bfloat16) for a in draw(131, 131, d=128))
+    plain = jax.nn.dot_product_attention
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *a, implementation, **kw: plain(*a, **kw))
+    got = np.asarray(attention(q, k, v, causal=True, implementation="cudnn"), np.float64)
+    want = formula(q, k, v, causal=True)
+    assert np.linalg.norm(got - want) / np.linalg.norm(want) < 1e-2
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

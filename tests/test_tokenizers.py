@@ -185,8 +185,8 @@ def test_damaged_file_is_named(tmp_path, file, damage):
 
 def test_other_families_vocab_and_merges_are_refused(tmp_path):
     folder = clip_folder(tmp_path)
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Qwen2Tokenizer"}))
-    with pytest.raises(convert.TokenizerError, match="not for 'Qwen2Tokenizer'"):
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer"}))
+    with pytest.raises(convert.TokenizerError, match="not for 'GPT2Tokenizer'"):
         convert.load(folder)
 
 

@@ -110,6 +110,19 @@ class Mlp(nnx.Module):
         return self.down(self.act(self.up(x)))
 
 
+class GatedMlp(nnx.Module):
+    """act(x A) * (x B) C (arXiv 2002.05202): `act` silu is SwiGLU."""
+
+    def __init__(self, d: int, f: int, act: Callable, *, dtype, rngs: nnx.Rngs, bias: bool = False):
+        self.act = act
+        self.up = fused_linear(d, 2, f, ("embed", "mlp"), dtype=dtype, rngs=rngs, bias=bias)
+        self.down = linear(f, d, ("mlp", "embed"), dtype=dtype, rngs=rngs, bias=bias)
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        up = self.up(x)
+        return self.down(self.act(up[..., 0, :]) * up[..., 1, :])
+
+
 class TimeMlp(nnx.Module):
     """Dense, SiLU, dense to the model's width: timestep features and pooled text."""
 

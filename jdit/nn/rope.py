@@ -8,16 +8,16 @@ from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 Layout = Literal["pairs", "halves"]
 
 
 class Rope(NamedTuple):
-    """Cosines and sines, one column a rotated pair."""
+    """Cosines and sines, one column a rotated pair; the same for all samples, or with a batch axis first."""
 
-    cos: Float[Array, "N K/2"]
-    sin: Float[Array, "N K/2"]
+    cos: Float[Array, "*B N K/2"]
+    sin: Float[Array, "*B N K/2"]
 
 
 def rope_table(positions: Sequence[Float[np.ndarray, "N"]], dims: Sequence[int], theta: float = 10000.0) -> Rope:
@@ -67,6 +67,17 @@ def grid_rope(axes: Sequence[Float[np.ndarray, "n"]], dims: Sequence[int], theta
     return Rope(cells("cos"), cells("sin"))
 
 
+def rope_at(positions: Int[Array, "*S A"], axes: Int[np.ndarray, "K/2"], freqs: Float[np.ndarray, "K/2"]) -> Rope:
+    """The table of positions that are only known when the program runs: each sample of a batch may have its own.
+
+    Args:
+        axes: for each rotated pair, the axis whose position turns it.
+        freqs: radians a step, for each pair.
+    """
+    angles = positions[..., np.asarray(axes)].astype(jnp.float32) * np.asarray(freqs, np.float32)
+    return Rope(jnp.cos(angles), jnp.sin(angles))
+
+
 def apply_rope(x: Float[Array, "B N H K"], rope: Rope, layout: Layout = "pairs") -> Float[Array, "B N H K"]:
     """Rotate queries or keys.
 
@@ -75,7 +86,7 @@ def apply_rope(x: Float[Array, "B N H K"], rope: Rope, layout: Layout = "pairs")
             "halves" i and i + K/2, as in Llama and Qwen's language models.
     """
     x32 = x.astype(jnp.float32)
-    cos, sin = rope.cos[:, None], rope.sin[:, None]  # N 1 K/2
+    cos, sin = rope.cos[..., None, :], rope.sin[..., None, :]  # N 1 K/2, or B N 1 K/2
     if layout == "pairs":  # no concatenation: on GPUs XLA works it off an element a thread (mmdit._join)
         partner = x32.reshape(*x.shape[:-1], -1, 2)[..., ::-1].reshape(x.shape)
         sign = np.tile(np.array([-1, 1], np.float32), x.shape[-1] // 2)
