@@ -84,6 +84,8 @@ def _mesh(text: str | None):
 @click.option("--segment-frames", type=int, help="Frames of a segment, as 77.  [default: the model's]")
 @click.option("--overlap", "overlap_frames", type=int,
               help="Of those, how many repeat the end of the one before: 1 or 5.  [default: 1]")  # fmt: skip
+@click.option("--segments", "num_segments", type=click.IntRange(1),
+              help="Videos to make of --image, each from the last frame of the one before.  [default: 1]")  # fmt: skip
 @click.option("--colour-match", type=click.FloatRange(0, 1),
               help="How far each segment is held to the colours of the one before.  [default: 0]")  # fmt: skip
 @click.option("--strength", type=float,
@@ -119,7 +121,7 @@ def generate(prompts, model, output, grid, fps, dtype, mesh, parts, **options):
         on_component = lambda name: status.update(f"loading {name}")
         pipe = opened.pipeline(mesh=_mesh(mesh), dtype=chosen, on_component=on_component)
     texts = list(prompts)
-    if pipe.segmented and output.suffix.lower() in media.MOVIES:
+    if pipe.segmented(arguments) and output.suffix.lower() in media.MOVIES:
         written, timings = write_segments(pipe, texts, output, fps, **arguments)
         return _report(written, start, timings)
     with _listeners("on_frame" in dry.takes) as listeners:

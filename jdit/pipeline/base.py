@@ -49,7 +49,6 @@ class Pipeline:
     """
 
     takes: ClassVar[tuple[str, ...]]  # the arguments of this family, beside the prompt
-    segmented: ClassVar[bool] = False  # whether `stream` yields more than one result
     of_text: ClassVar[tuple[str, ...]] = ("max_text_tokens",)  # those of them that encoding a prompt takes
 
     def __init__(self, parts: Parts, weights: Weights, *, mesh: Mesh | None = None):
@@ -179,6 +178,10 @@ class Pipeline:
         call.apply_defaults()
         given = {k: v for k, v in call.arguments.items() if k not in ("prompt", "family")}
         return self._stream(prompt, **self._check(given | call.arguments["family"]))
+
+    def segmented(self, given: Mapping[str, Any]) -> bool:
+        """Whether `stream` with these arguments yields more than one result."""
+        return False
 
     def _stream(self, prompt, **arguments: Any) -> Iterator[Output]:
         yield self._generate(prompt, **arguments)

@@ -25,7 +25,7 @@ class Stage:
         static: those of `reads` that are hashable settings and part of the jit key.
         repeats: the name of an iterable of values; the stage is replayed for each, together with its neighbours that
             repeat the same, `repeats` then naming the item. What they read before they write it is handed from one
-            replay to the next; what later stages read is collected, an entry a replay.
+            replay to the next; what later stages read is collected on the host, an entry a replay.
         host: not compiled: it is called with what is there, which may be NumPy arrays, lists or iterators.
     """
 
@@ -112,7 +112,7 @@ def run(
             for carry, result, _ in _replays(block, weights, values, results, timings, on_stage):
                 values |= carry
                 for name in results:
-                    kept[name].append(result[name])
+                    kept[name].append(jax.device_get(result[name]))
             values |= kept
         weights.release({w for s in stages[n:] for w in s.weights})
     return values, timings

@@ -230,7 +230,7 @@ class WanVideo(WanPipeline):
             out.append("this model takes no last_image: its transformer sees one picture")
         elif cfg.image_positions is not None and first and not last:
             out.append("this model goes from a first to a last frame: it needs last_image")
-        if or_(given.get("num_segments"), 1) > 1:
+        if self.segmented(given):
             if self.picture is None or not first:
                 out.append("num_segments goes on from a picture: it needs a model that takes image, and one")
             if last or given.get("num_frames") == 1 or given.get("vae_slicing"):
@@ -282,7 +282,7 @@ class WanVideo(WanPipeline):
         table = self.table(steps, shift=a["shift"], solver=a["solver"])
         experts = self.experts(table)
         pictures = self._pictures(a, height, width)
-        guided, vae, long = scale > 1, self.parts.configs["vae"], self.long(a)
+        guided, vae, long = scale > 1, self.parts.configs["vae"], self.segmented(a)
         prompt = self._prompt(prompt, a, guided, timings)
         count = prompt.positive.states.shape[0] * a["num_outputs"]
         shape = ((frames - 1) // vae.time_factor + 1, height // vae.space_factor, width // vae.space_factor)
@@ -312,23 +312,22 @@ class WanVideo(WanPipeline):
             pixels=a["output"] != "latents", segments=long,
         )  # fmt: skip
 
-    @staticmethod
-    def long(a: Mapping[str, Any]) -> bool:
-        """Whether a call makes its video a segment at a time."""
-        return or_(a.get("num_segments"), 1) > 1
+    def segmented(self, given: Mapping[str, Any]) -> bool:
+        """See the base class."""
+        return or_(given.get("num_segments"), 1) > 1
 
     def _generate(self, prompt, **a: Any) -> Output:
         timings: dict[str, float] = {}
         with self.on_mesh():
             values, todo = self._values(prompt, a, timings)
-            if self.long(a):
+            if self.segmented(a):
                 return segmented.whole(self, todo, values, a, timings, self._fps)
             with calls.reporting(a["on_step"], a.get("on_frame")):
                 values, spent = run(todo, self.weights, values)
         return calls.result(values, timings | spent, self._fps)
 
     def _stream(self, prompt, **a: Any) -> Iterator[Output]:
-        if not self.long(a):
+        if not self.segmented(a):
             yield self._generate(prompt, **a)
             return
         timings: dict[str, float] = {}

@@ -120,7 +120,6 @@ class WanAnimation(WanPipeline):
     those of `TAKES`.
     """
 
-    segmented = True
     takes = (
         "negative_prompt", "image", *VIDEOS, "height", "width", "steps", "guidance", "shift", "solver", "latents",
         "max_text_tokens", "segment_frames", "overlap_frames", "colour_match", "vae_tiling", *TAKES,
@@ -153,6 +152,10 @@ class WanAnimation(WanPipeline):
         return (*super().needs, "image_encoder")
 
     # ---- arguments
+
+    def segmented(self, given: Mapping[str, Any]) -> bool:
+        """See the base class."""
+        return True
 
     def frames(self, num_frames: int | None = None) -> int:
         """Frames of a segment; the driving video says how many there are in all."""

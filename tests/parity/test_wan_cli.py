@@ -77,6 +77,15 @@ def test_from_a_first_to_a_last_frame(models, tmp_path, monkeypatch):
     assert told == [(1, 10), (5, 10), (6, 10), (10, 10)]
 
 
+def test_segments_grow_a_file(models, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 40, 3), np.uint8)).save("0.png")
+    model = ["--model", models["i2v-experts"][1]]
+    result = run("generate", "two", *model, *SHORT, "--image", "0.png", "--segments", "2", "-o", "a.mp4")
+    assert result.exit_code == 0, result.output
+    assert len(video.video("a.mp4").frames) == 9  # 5, and 4 that go on from the last
+
+
 REFUSED = {
     "num_frames=8 does not work, 5 or 9 would": ["--frames", "8"],
     "height=17 does not work, 16 or 32 would": ["--size", "32x17"],
