@@ -112,7 +112,7 @@ def trained(tmp_path_factory, request) -> Path:
 
 
 def test_segments_of_training_are_those_of_the_pipeline(trained, tmp_path):
-    """Figures of held-out clips, and the pipeline's frames: masks, channels, the reference's frame, the tail, text padding and the picture."""
+    """Masks, channels, the reference's frame, the tail, text padding, the picture; figures of held-out clips."""
     settings = json.loads((trained / "settings.json").read_text())
     video = trained / "runs" / "fluent-video"
     cfg = config.read(

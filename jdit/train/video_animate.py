@@ -142,7 +142,7 @@ class AnimateTask:
     # ---- the step
 
     def init(self) -> Weights:
-        """As in `video_flow`, but kernels that the motion encoder divides by the root of their fan-in have variance 1."""
+        """As in `video_flow`; kernels that the motion encoder divides by the root of their fan-in have variance 1."""
         weights = start(self.nets, self.cfg)
         if not self.cfg.init:
             motion = {k: a for k, a in weights.items() if k.startswith("transformer.motion.") and k.endswith(".kernel")}
