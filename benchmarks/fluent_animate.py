@@ -19,7 +19,7 @@ import numpy as np
 
 import jdit
 from jdit.train import clips, config
-from jdit.train.recipes.fluent_animate.drive import drawing, heads
+from jdit.train.drive import drawing, heads
 from jdit.train.sheet import film_strips
 from jdit.train.video_animate import distances, held_out_pairs
 

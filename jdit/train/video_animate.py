@@ -8,6 +8,7 @@ latent, h w latent rows and columns, C channels, r frames a latent frame stands 
 
 import json
 import logging
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,9 +28,9 @@ from jdit.preprocess import ImageProcessor
 from jdit.sharding import Rules, shard
 from jdit.train import clips
 from jdit.train.config import Config
+from jdit.train.drive import drawing, heads
 from jdit.train.flow import LOSS, component, noise_levels
 from jdit.train.nets import Net, Weights, everywhere, open_net
-from jdit.train.recipes.fluent_animate.drive import drawing, heads
 from jdit.train.sheet import SCHEDULER, film_strips
 from jdit.train.video_flow import CONTEXT, part, start
 from jdit.train.video_vae import BATCH, batches
@@ -141,7 +142,13 @@ class AnimateTask:
     # ---- the step
 
     def init(self) -> Weights:
-        return start(self.nets, self.cfg)
+        """As in `video_flow`; kernels that the motion encoder divides by the root of their fan-in have variance 1."""
+        weights = start(self.nets, self.cfg)
+        if not self.cfg.init:
+            motion = {k: a for k, a in weights.items() if k.startswith("transformer.motion.") and k.endswith(".kernel")}
+            fan_in = lambda k, a: math.prod(a.shape[1 if ".linears." in k else 0 : -1])  # those are a stack of layers
+            weights |= {k: a * fan_in(k, a) ** 0.5 for k, a in motion.items()}
+        return weights
 
     def _predict(self, weights: Weights, x, t, channels, pose, face, pictures, states) -> Float[Array, "B 1+S h w C"]:
         """The velocity at latents x and timesteps t, given what `_given` and the texts say."""

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from jdit.train.clips import load_whole
-from jdit.train.recipes.fluent_animate.drive import figure
+from jdit.train.drive import figure
 
 WHO = re.compile(r"\b(?:man|woman|person|men|women|people|boy|girl|child)\b")
 LEAST, MOTIONS, SEED = 5, 4, 29

@@ -1,6 +1,6 @@
 """What drives fluent-animate: of a clip of one character, the drawing of its outlines and the crop of its head.
 
-    python -m jdit.train.recipes.fluent_animate.drive data/fluent_video/1f3cc-200d-2640.avif driving
+    python -m jdit.train.drive data/fluent_video/1f3cc-200d-2640.avif driving
 
 Writes pose.png and face.png: strips, the frames one under another, as `jdit generate` takes them for pose and face.
 
