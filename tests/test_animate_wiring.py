@@ -1,5 +1,7 @@
 """Full-size Wan-Animate: its stages fit together, in a loop of programs and in one."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -65,3 +67,11 @@ def test_memory_plan(pipe):
     by_stage = {r.stage: set(r.components) for r in found.stages}
     assert by_stage["denoise"] == by_stage["decode"]  # the weights of a segment's stages stay between segments
     assert pipe.activations() > 5e9
+
+
+def test_a_shift_by_size_is_refused(pipe):
+    """Upstream never gives this family's scheduler a mu."""
+    scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True}
+    parts = dataclasses.replace(pipe.parts, scheduler=scheduler)
+    with pytest.raises(ValueError, match="use_dynamic_shifting=True"):
+        wan_animate.WanAnimation(parts, Weights({})).table(4)

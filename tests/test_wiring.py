@@ -8,7 +8,7 @@ from flax import nnx
 
 from convert import registry
 from jdit import sampling, sharding, zoo
-from jdit.pipeline import sd3
+from jdit.pipeline import executor, sd3
 from jdit.pipeline.executor import Stage, Weights, check_wiring, run, stream
 from jdit.structs import Text
 
@@ -115,3 +115,12 @@ class TestExecutor:
             run(stages, weights, {"x": 1.0, "y": 2.0})
             assert "w" not in weights.resident
         assert log == ["read", "read"]
+
+
+def test_the_second_replay_is_not_compiled_again():
+    """Weights are bound to a device, so what a stage hands on is too; the first carry must be like it."""
+    weight = jax.device_put(jnp.ones(2), jax.devices()[0])
+    play = lambda weight, item, tail: (tail * weight + item, tail)
+    stage = Stage("play", play, ("w",), ("items", "tail"), ("tail", "out"), (), "items")
+    run([stage], Weights({"w": weight}), {"items": [jnp.ones(2)] * 3, "tail": jnp.zeros(2)})  # type: ignore[dict-item]
+    assert executor.compiled(play)._cache_size() == 1

@@ -227,9 +227,18 @@ class Pipeline:
             raise ValueError("guidance above 1 needs a prompt encoded with a negative_prompt")
         return prompt
 
-    def _table(self, steps: int, *, shift=None, solver=None, tokens: int = 0, begin: int = 0) -> sampling.Table:
-        """The solver's table; `tokens` is what resolution-dependent shifts are computed from."""
+    def _table(
+        self, steps: int, *, shift=None, solver=None, tokens: int | None = None, begin: int = 0
+    ) -> sampling.Table:
+        """The solver's table; `tokens` is what resolution-dependent shifts are computed from.
+
+        Raises:
+            ValueError: such a shift where the family has none (tokens is None); what `sampling.from_config` refuses.
+        """
         config = sampling.with_solver(self.parts.scheduler, solver) if isinstance(solver, str) else solver
         config = self.parts.scheduler if config is None else config
-        mu = sampling.dynamic_mu(config, tokens) if config.get("use_dynamic_shifting") else None
+        dynamic = config.get("use_dynamic_shifting")
+        if dynamic and tokens is None:
+            raise ValueError(f"use_dynamic_shifting={dynamic}: {self.parts.family} has no shift by size")
+        mu = sampling.dynamic_mu(config, tokens or 0) if dynamic else None
         return sampling.from_config(config, steps, mu=mu, shift=or_(shift, self.plan.shift), begin=begin)

@@ -153,7 +153,8 @@ def _replays(
         spent.clear()
         return _segment(block, values, results, play)(carry, item)
 
-    for carry, result in segments.stream(segment, _carried(block, values), values[str(block[0].repeats)]):
+    first = _committed(_carried(block, values))
+    for carry, result in segments.stream(segment, first, values[str(block[0].repeats)]):
         timings |= spent
         yield carry, result, dict(spent)
 
@@ -178,6 +179,13 @@ def _carried(block: Sequence[Stage], values: Mapping[str, Any]) -> dict[str, Any
         out |= {n: values[n] for n in stage.reads if n in written - before}
         before |= set(stage.writes)
     return out
+
+
+def _committed(carry: dict[str, Any]) -> dict[str, Any]:
+    """The first carry bound to its device, as what a stage hands on is: else the second replay would compile again."""
+    if not jax.sharding.get_abstract_mesh().empty:
+        return carry
+    return jax.tree.map(lambda a: jax.device_put(a, a.sharding) if isinstance(a, jax.Array) else a, carry)
 
 
 def _results(block: Sequence[Stage], later: Sequence[Stage]) -> tuple[str, ...]:
