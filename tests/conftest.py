@@ -1,6 +1,11 @@
-"""Eight CPU devices for every test: must be set before jax is imported."""
+"""Eight CPU devices for every test, which must be set before jax is imported; programs that are let go in time."""
 
+import gc
 import os
+import sys
+from pathlib import Path
+
+import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
@@ -12,3 +17,15 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
         "--xla_cpu_collective_call_terminate_timeout_seconds=600",
     )
     os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags]).strip()
+
+MAPS, MOST = Path("/proc/self/maps"), 20_000
+"""Memory areas of this process. Each compiled program takes some, and Linux gives a process 65,530: past that XLA
+crashes it with a segmentation fault. A run of all tests compiles thousands."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def programs_are_let_go():
+    yield
+    if MAPS.exists() and "jax" in sys.modules and MAPS.read_bytes().count(b"\n") > MOST:
+        sys.modules["jax"].clear_caches()
+        gc.collect()

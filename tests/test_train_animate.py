@@ -19,6 +19,8 @@ from jdit.train.recipes.fluent_animate import prepare
 from jdit.train.recipes.run import RECIPES
 from jdit.train.video_animate import AnimateTask
 
+pytestmark = pytest.mark.slow
+
 LOOP, SEGMENT, SIZE, FACE = 10, 9, 16, 8
 
 

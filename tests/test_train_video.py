@@ -18,6 +18,8 @@ from jdit.train.recipes.fluent_video import prepare
 from jdit.train.recipes.run import RECIPES
 from jdit.train.sheet import film_strips
 
+pytestmark = pytest.mark.slow
+
 RNG = np.random.default_rng(0)
 
 

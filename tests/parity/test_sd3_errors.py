@@ -144,7 +144,7 @@ def test_posterior_sample_is_not_the_noise_and_rows_do_not_depend_on_the_batch(p
     from jdit.pipeline import calls as pieces
     from jdit.pipeline import sd3
 
-    drawn = sd3.encode_image(vae, jnp.asarray(PICTURE[None, :16, :16]), sd3._posterior_keys(5, 1), False)
+    drawn = sd3.encode_image(vae, jnp.asarray(PICTURE[None, :16, :16]), pieces.posterior_keys(5, 1), False)
     posterior = vae.encode(jnp.asarray(PICTURE[None, :16, :16], jnp.float32) / 127.5 - 1)
     sample = vae.denormalise(drawn) - posterior.mean
     correlation = np.corrcoef(np.ravel(sample), np.ravel(pieces.noise((1, 4, 4, 16), 5)))[0, 1]
