@@ -84,6 +84,8 @@ def pieces(
 ) -> Iterator[Output]:  # fmt: skip
     """The frames of each segment as soon as they are there, without those that the one before it has made; neither the
     host nor the device holds more than a segment. `todo` as for `whole`."""
+    if a.get("scan_segments"):
+        raise ValueError("scan_segments makes all segments in one program: it goes with a call, not with stream")
     plan, wanted = values["plan"], todo[-1].writes
     replays = stream(todo[:-1], pipe.weights, values, wanted)
     try:

@@ -111,6 +111,8 @@ class TestForms:
         assert [m.pixels.shape[1] for m in made] == [9, 8, 5]
         assert np.array_equal(np.concatenate([m.pixels for m in made], 1), whole.pixels)
         assert np.array_equal(np.concatenate([m.latents for m in made], 1), whole.latents)
+        with pytest.raises(ValueError, match="not with stream"):
+            next(both[1].stream(PROMPTS, image=REFERENCE, scan_segments=True, **SIZE, **call))
         assert "prepare" in made[0].timings and "denoise[2]" in made[2].timings and "prepare" not in made[2].timings
 
     def test_any_number_of_segments_is_compiled_once(self, both, whole):
