@@ -6,7 +6,7 @@ Text and video share all weights but those that make the shifts, scales and gate
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -172,6 +172,10 @@ class CogVideoXBlock(nnx.Module):
 
 class CogVideoX(nnx.Module):
     """The whole network: latents and text to v (alpha noise - sigma data)."""
+
+    modulation_weights: ClassVar = (  # see jdit.nn.parts
+        "time.*", "ofs.*", "blocks.mod.*", "blocks.norm?.*", "final_mod.*", "final_norm.*",
+    )  # fmt: skip
 
     def __init__(self, cfg: CogVideoXConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg

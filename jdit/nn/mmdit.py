@@ -6,7 +6,7 @@ P pooled text width. Two streams, image and context, have their own weights and 
 
 import dataclasses
 import itertools
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -174,6 +174,8 @@ def _add(x, update, gate):
 
 class MMDiT(nnx.Module):
     """The whole network: latents and text to the flow velocity (noise minus data)."""
+
+    modulation_weights: ClassVar = ("time.*", "pooled.*", "blocks.*.mod.*", "final_mod.*")  # see jdit.nn.parts
 
     def __init__(self, cfg: MMDiTConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg

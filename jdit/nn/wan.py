@@ -6,7 +6,7 @@ attends to itself with rotary positions, then to text (and a picture's tokens) w
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -193,6 +193,8 @@ class ImageEmbedding(nnx.Module):
 
 class WanTrunk(nnx.Module):
     """What Wan's transformers have in common: time, text and a picture in, the stack of blocks, latents in and out."""
+
+    modulation_weights: ClassVar = ("time.*", "time_mod.*", "final_table")  # see jdit.nn.parts
 
     def __init__(self, cfg: WanConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg

@@ -165,6 +165,11 @@ class Pipeline:
         """The stages of a call with the variant's usual arguments, for the memory plan."""
         raise TypeError(f"{type(self).__name__} is abstract: use a family's pipeline")
 
+    def tables(self) -> dict[str, int]:
+        """Bytes of the modulation tables of a usual call, by the names that its stages give them (of those, too, that
+        are too large to be made: see `jdit.pipeline.modulation`)."""
+        return {}
+
     def activations(self) -> float:
         """Bytes that a usual call needs beside the weights, about; 0 where nobody has measured."""
         return 0.0

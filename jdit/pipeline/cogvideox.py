@@ -13,11 +13,11 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jdit import media, sampling
-from jdit.nn.cogvideox import CogVideoX, CogVideoXConfig
+from jdit.nn.cogvideox import CogVideoX, CogVideoXConfig, Modulation
 from jdit.nn.text.t5 import T5Config
 from jdit.nn.vae.autoencoder_kl_cogvideox import AutoencoderKLCogVideoX
 from jdit.nn.vae.autoencoder_kl_cogvideox_config import AutoencoderKLCogVideoXConfig
-from jdit.pipeline import base, calls
+from jdit.pipeline import base, calls, modulation
 from jdit.pipeline.calls import or_
 from jdit.pipeline.cogvideox_conditions import Conditions, encode_picture, encode_text, encode_video
 from jdit.pipeline.executor import Stage, run
@@ -39,20 +39,28 @@ def prepare(positive: Text, negative: Text | None, noise, clean, first, table: s
     return x, Conditions(text, None if first is None else jnp.pad(first, after))
 
 
+def modulate(transformer: CogVideoX, table: sampling.Table) -> Modulation:
+    """Modulation of every step."""
+    return transformer.modulation_table(jnp.asarray(table.timestep, jnp.float32))
+
+
 def denoise(
-    transformer: CogVideoX, x, given: Conditions, table: sampling.Table, scales, keys, two_passes: bool, report: bool
-) -> Float[Array, "B S h w C"]:
+    transformer: CogVideoX, x, given: Conditions, mods: Modulation | None, table: sampling.Table, scales, keys,
+    two_passes: bool, report: bool,
+) -> Float[Array, "B S h w C"]:  # fmt: skip
     """The sampling loop. Modulation of all steps and the text projection are computed before it.
 
     Args:
+        mods: of each step; None makes it in the steps.
         scales: of guidance, one a step; None is off.
     """
     text = transformer.embed_text(given.text)
     text = jnp.repeat(text, x.shape[0] * (1 if scales is None else 2) // text.shape[0], axis=0)
 
+    of_step = modulation.at(mods, transformer.modulation_table)
+
     def predict(x, t, row, *, text):
-        del t  # it is in the modulation
-        return transformer.velocity(given.apply(x), row[0], text)
+        return transformer.velocity(given.apply(x), of_step(t, row[0]), text)
 
     model, strength = functools.partial(predict, text=text), lambda row: row[1]
     if scales is not None and two_passes:
@@ -60,8 +68,8 @@ def denoise(
         model = guide.two_passes(negative, positive, strength)
     elif scales is not None:
         model = guide.classifier_free(model, strength)
-    rows = transformer.modulation_table(jnp.asarray(table.timestep, jnp.float32)), scales
-    return sampling.solve(model, x, table, key=keys, per_step=rows, on_step=calls.report_step if report else None)
+    told = calls.report_step if report else None
+    return sampling.solve(model, x, table, key=keys, per_step=(mods, scales), on_step=told)
 
 
 def decode(vae: AutoencoderKLCogVideoX, latents, kind: str, extra: int, tiling: bool, slicing: bool, report: bool):
@@ -80,11 +88,12 @@ def video_frames(latent: int, factor: int) -> int:
 TEXT = Stage("encode_text", encode_text, ("text_encoder",), ("ids",), ("encoded",))
 
 
-def stages(*, given: str | None, pixels: bool) -> list[Stage]:
+def stages(*, given: str | None, pixels: bool, tabled: bool = True) -> list[Stage]:
     """The stages of a call with encoded prompts.
 
     Args:
         given: "image" or "video", what the call starts from; None is text alone.
+        tabled: whether modulation of all steps is made before them.
     """
     out: list[Stage] = []
     reads, static = ("posterior_keys", "vae_tiling"), ("vae_tiling",)
@@ -94,8 +103,9 @@ def stages(*, given: str | None, pixels: bool) -> list[Stage]:
         out.append(Stage("encode_video", encode_video, ("vae",), ("video", *reads), ("clean",), static))
     reads = ("positive", "negative", "noise", "clean", "first", "table")
     out.append(Stage("prepare", prepare, (), reads, ("x", "conditions")))
-    reads, static = ("x", "conditions", "table", "guidance", "keys"), ("two_passes", "report")
-    out.append(Stage("denoise", denoise, ("transformer",), (*reads, *static), ("latents",), static))
+    reads, static = ("x", "conditions", "modulation", "table", "guidance", "keys"), ("two_passes", "report")
+    loop = Stage("denoise", denoise, ("transformer",), (*reads, *static), ("latents",), static, frees=("modulation",))
+    out += modulation.stages(loop, modulate, ("table",), tabled=tabled)
     if pixels:
         reads = ("latents", "output", "extra", "vae_tiling", "vae_slicing", "report_frames")
         out.append(Stage("decode", decode, ("vae",), reads, ("pixels",), reads[1:]))
@@ -261,18 +271,26 @@ class CogVideoXVideo(base.Pipeline):
 
     def usual_stages(self) -> list[Stage]:
         """See the base class."""
-        return [TEXT, *stages(given="image" if self.pictured else None, pixels=True)]
+        tabled = modulation.tabled(*self._modulation(self.plan.steps))
+        return [TEXT, *stages(given="image" if self.pictured else None, pixels=True, tabled=tabled)]
+
+    def tables(self) -> dict[str, int]:
+        """See the base class."""
+        return {"modulation": modulation.table_bytes(*self._modulation(self.plan.steps))}
+
+    def _modulation(self, steps: int) -> tuple[Any, ...]:
+        """What the size of a table depends on."""
+        return CogVideoX, self._cfg, modulation.spec(steps)
 
     def activations(self) -> float:
-        """See the base class; by count: about 28 bytes a token and width in the transformer (as Wan's), the modulation
-        of all steps, and eight arrays of a batch of frames at full size in the autoencoder."""
+        """See the base class; by count: about 28 bytes a token and width in the transformer (as Wan's), and eight
+        arrays of a batch of frames at full size in the autoencoder."""
         cfg, vae, rows = self._cfg, self._vae, 2 if self.plan.guidance > 1 else 1
         (height, width), frames = self.size(), self.frames()
         latent = self._latent(frames) * height * width // vae.space_factor**2
         tokens = cfg.text_tokens + latent // math.prod(cfg.patch_3d)
-        table = 4 * 12 * self.plan.steps * cfg.layers * cfg.width
         batch = (2 * vae.frame_factors[1] + 1) * height * width * vae.channels[0]
-        return max(rows * 28 * tokens * cfg.width + table, 8 * batch * np.dtype(jnp.dtype(vae.dtype)).itemsize)
+        return max(rows * 28 * tokens * cfg.width, 8 * batch * np.dtype(jnp.dtype(vae.dtype)).itemsize)
 
     def _latent(self, frames: int) -> int:
         """Latent frames of the noise: those of the video, and as many before them as fill the patches of 1.5."""
@@ -321,7 +339,7 @@ class CogVideoXVideo(base.Pipeline):
                 "posterior_keys": calls.posterior_keys(a["seed"], count), "two_passes": bool(a.get("two_passes")),
                 "vae_tiling": bool(a.get("vae_tiling")), "vae_slicing": bool(a.get("vae_slicing")),
                 "extra": latent - (frames - 1) // vae.frame_factors[1] - 1,
-                "report_frames": a.get("on_frame") is not None,
+                "report_frames": a.get("on_frame") is not None, "modulation": None,
             }  # fmt: skip
             resized = lambda picture: media.resize(picture, height, width)
             if self.pictured:
@@ -329,7 +347,8 @@ class CogVideoXVideo(base.Pipeline):
             elif video is not None:
                 values["video"] = jnp.asarray(np.stack([resized(frame) for frame in video]))[None]
             given = "image" if self.pictured else None if video is None else "video"
-            todo = stages(given=given, pixels=a["output"] != "latents")
+            tabled = modulation.tabled(*self._modulation(table.steps))
+            todo = stages(given=given, pixels=a["output"] != "latents", tabled=tabled)
             with calls.reporting(a["on_step"], a.get("on_frame")):
                 values, spent = run(todo, self.weights, values)
         return calls.result(values, timings | spent, self.plan.fps or (8 if self._cfg.patch_frames is None else 16))

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jdit.nn import parts
 from jdit.sampling import segments
 
 
@@ -21,11 +22,12 @@ class Stage:
     Attributes:
         name: what timings and progress call it.
         fn: (*modules, *values) -> a tuple of the written values (the value itself where there is one).
-        weights: names of the components it needs. reads, writes: names of values.
+        weights: names of the components it needs, or of their parts (`jdit.nn.parts`). reads, writes: names of values.
         static: those of `reads` that are hashable settings and part of the jit key.
         repeats: the name of an iterable of values; the stage is replayed for each, together with its neighbours that
             repeat the same, `repeats` then naming the item. What they read before they write it is handed from one
             replay to the next; what later stages read is collected on the host, an entry a replay.
+        frees: those of `reads` that nobody needs afterwards; ignored where the stage repeats.
         host: not compiled: it is called with what is there, which may be NumPy arrays, lists or iterators.
     """
 
@@ -37,6 +39,7 @@ class Stage:
     static: tuple[str, ...] = ()
     repeats: str | None = None
     host: bool = False
+    frees: tuple[str, ...] = ()
 
 
 def compiler_options() -> dict[str, bool] | None:
@@ -56,9 +59,10 @@ def _static(stage: Stage) -> tuple[int, ...]:
 
 
 class Weights:
-    """The components of a pipeline, on the device or waiting on the host.
+    """The components of a pipeline, or their parts, on the device or waiting on the host.
 
-    A waiting component is placed before the first stage of a run of stages that needs it and let go after the last.
+    What waits is placed before the first stage of a run of stages that needs it and let go after the last. A part of a
+    component that is there as a whole shares its arrays, and a component is made whole again of its parts.
     """
 
     def __init__(
@@ -68,13 +72,23 @@ class Weights:
         self.waiting = dict(waiting or {})
 
     def __getitem__(self, name: str) -> nnx.Module:
-        if name not in self.resident:
+        if name not in self.resident and name in self.waiting:
             self.resident[name] = self.waiting[name]()
-        return self.resident[name]
+        if name in self.resident:
+            return self.resident[name]
+        have, (component, part) = {*self.resident, *self.waiting}, parts.parse(name)
+        both = [parts.name(component, p) for p in (parts.MODULATION, parts.LOOP)]
+        if part is not None and component in have:
+            return parts.take(self[component], part)
+        if part is None and have.issuperset(both):
+            return parts.join(*(self[p] for p in both))
+        raise KeyError(name)
 
     def release(self, keep: set[str]):
-        for name in set(self.waiting) - keep:
-            self.resident.pop(name, None)
+        """Let go of what waits, but for what these names are made of."""
+        for name in self.waiting:
+            if not any(parts.overlap(name, k) for k in keep):
+                self.resident.pop(name, None)
 
 
 Listener = Callable[[str], None]
@@ -104,6 +118,8 @@ def run(
     for n, block in blocks(stages):
         if block[0].repeats is None:
             values |= _timed(block[0], weights, values, timings, on_stage)
+            for name in block[0].frees:
+                del values[name]
         elif scanned:
             values |= _scan(block, weights, values, _results(block, stages[n:]), timings, on_stage)
         else:
@@ -290,16 +306,16 @@ def check_wiring(stages: Sequence[Stage], modules: Mapping[str, Any], values: di
         modules: abstract modules (`nnx.eval_shape`). values: arrays or ShapeDtypeStructs, statics as they are; of
             repeated stages one item; and what host stages write, which are left out.
     """
-    values = dict(values)
+    values, weights = dict(values), Weights(modules)
     for stage in stages:
         if stage.host:
             continue
         settings = {i: values[name] for i, name in enumerate(stage.reads) if name in stage.static}
         dynamic = [values[name] for name in stage.reads if name not in stage.static]
 
-        def call(weights, dynamic, stage=stage, settings=settings):
+        def call(modules, dynamic, stage=stage, settings=settings):
             rest = iter(dynamic)
-            return stage.fn(*weights, *(settings[i] if i in settings else next(rest) for i in range(len(stage.reads))))
+            return stage.fn(*modules, *(settings[i] if i in settings else next(rest) for i in range(len(stage.reads))))
 
-        values |= _named(stage, jax.eval_shape(call, [modules[w] for w in stage.weights], dynamic))
+        values |= _named(stage, jax.eval_shape(call, [weights[w] for w in stage.weights], dynamic))
     return values

@@ -18,7 +18,7 @@ from jdit.nn.text.clip import CLIPText
 from jdit.nn.text.t5 import T5
 from jdit.nn.vae.autoencoder_kl import AutoencoderKL
 from jdit.nn.vae.tiling import decode_tiled, encode_tiled, one_at_a_time
-from jdit.pipeline import base, calls
+from jdit.pipeline import base, calls, modulation
 from jdit.pipeline.calls import or_
 from jdit.pipeline.executor import Stage, run
 from jdit.sampling import guidance as guide
@@ -73,30 +73,42 @@ def encode_image(vae: AutoencoderKL, pixels, keys, tiling: bool):
 
 
 def prepare(positive: Text, negative: Text | None, noise, clean, table: sampling.Table):
-    """The first x, and the text of [negative; positive], a row an output."""
+    """The first x, and the text of [negative; positive]: states of each output, pooled text of each prompt."""
     x = noise if clean is None else sampling.add_noise(jnp.broadcast_to(clean, noise.shape), noise, table)
     rows = lambda a: jnp.repeat(a, noise.shape[0] // positive.states.shape[0], axis=0)
     both = (positive,) if negative is None else (negative, positive)
     states = jnp.concatenate([rows(t.states) for t in both])
-    return x, Text(states, jnp.concatenate([rows(t.pooled) for t in both]), positive.counts)
+    pooled: Any = [t.pooled for t in both]
+    return x, Text(states, jnp.concatenate(pooled), positive.counts)
+
+
+def modulate(transformer: MMDiT, text: Text, table: sampling.Table) -> Modulation:
+    """Modulation of all steps, of each prompt."""
+    assert text.pooled is not None  # CLIP's
+    return transformer.modulation_table(jnp.asarray(table.timestep, jnp.float32), text.pooled)
 
 
 def denoise(
-    transformer: MMDiT, x, text: Text, table: sampling.Table, scale, skip: LayerSkip | None, keys, report: bool
-) -> Float[Array, "B h w C"]:
-    """The sampling loop. Modulation of all steps and the text projection are computed before it."""
-    assert text.pooled is not None  # CLIP's
-    timesteps = jnp.asarray(table.timestep, jnp.float32)
-    rows = (transformer.modulation_table(timesteps, text.pooled), None if skip is None else skip.active)
-    context = transformer.embed_context(text.states)
+    transformer: MMDiT, x, text: Text, mods: Modulation | None, table: sampling.Table, scale, skip: LayerSkip | None,
+    keys, report: bool,
+) -> Float[Array, "B h w C"]:  # fmt: skip
+    """The sampling loop. Modulation of all steps and the text projection are computed before it.
+
+    Args:
+        mods: of each step and prompt; None makes it in the steps.
+    """
+    pooled: Any = text.pooled
+    rows = (mods, None if skip is None else skip.active)
+    context, outputs = transformer.embed_context(text.states), len(text.states) // len(pooled)
+    of_step = modulation.at(mods, lambda t: transformer.modulation_table(t, pooled))
+    spread = lambda m: m if outputs == 1 else jnp.repeat(m, outputs, -3)
 
     def model(x, t, row):
-        del t  # it is in the modulation
-        return transformer.velocity(x, row[0], context, context_counts=text.counts)
+        mod = jax.tree.map(spread, of_step(t, row[0]))
+        return transformer.velocity(x, mod, context, context_counts=text.counts)
 
     def without_layers(x, t, row, *, layers):
-        del t
-        half = Modulation(*jax.tree.map(lambda m: m[..., -x.shape[0] :, :, :], tuple(row[0])))
+        half = jax.tree.map(lambda m: spread(m)[..., -x.shape[0] :, :, :], of_step(t, row[0]))
         tokens = context[-x.shape[0] :]
         return transformer.velocity(x, half, tokens, context_counts=text.counts, skip=layers)
 
@@ -120,8 +132,11 @@ def decode(vae: AutoencoderKL, latents, kind: str, tiling: bool, slicing: bool):
 # ----------------------------------------------------------------------------------------------- pipeline
 
 
-def stages(*, t5: bool, image: bool, pixels: bool, encode: bool = True, generate: bool = True) -> list[Stage]:
-    """The stage list of a call: with T5 or without, from a picture or from noise, to pixels or to latents."""
+def stages(
+    *, t5: bool, image: bool, pixels: bool, encode: bool = True, generate: bool = True, tabled: bool = True
+) -> list[Stage]:
+    """The stage list of a call: with T5 or without, from a picture or from noise, to pixels or to latents, with a table
+    of modulation or without."""
     clip = ("text_encoder", "text_encoder_2")
     out: list[Stage] = []
     if encode and t5:
@@ -136,13 +151,10 @@ def stages(*, t5: bool, image: bool, pixels: bool, encode: bool = True, generate
     if image:
         reads = ("image", "image_keys", "vae_tiling")
         out.append(Stage("encode_image", encode_image, ("vae",), reads, ("clean",), ("vae_tiling",)))
-    out += [
-        Stage("prepare", prepare, (), ("positive", "negative", "noise", "clean", "table"), ("x", "text")),
-        Stage(
-            "denoise", denoise, ("transformer",), ("x", "text", "table", "guidance", "skip", "keys", "report"),
-            ("latents",), ("report",),
-        ),
-    ]  # fmt: skip
+    reads = ("x", "text", "modulation", "table", "guidance", "skip", "keys", "report")
+    loop = Stage("denoise", denoise, ("transformer",), reads, ("latents",), reads[-1:], frees=("modulation",))
+    out.append(Stage("prepare", prepare, (), ("positive", "negative", "noise", "clean", "table"), ("x", "text")))
+    out += modulation.stages(loop, modulate, ("text", "table"), tabled=tabled)
     if pixels:
         reads = ("latents", "output", "vae_tiling", "vae_slicing")
         out.append(Stage("decode", decode, ("vae",), reads, ("pixels",), reads[1:]))
@@ -248,7 +260,18 @@ class StableDiffusion3(base.Pipeline):
 
     def usual_stages(self) -> list[Stage]:
         """See the base class."""
-        return stages(t5="text_encoder_3" in self.parts.configs, image=False, pixels=True)
+        tabled = modulation.tabled(*self._modulation())
+        return stages(t5="text_encoder_3" in self.parts.configs, image=False, pixels=True, tabled=tabled)
+
+    def tables(self) -> dict[str, int]:
+        """See the base class."""
+        return {"modulation": modulation.table_bytes(*self._modulation())}
+
+    def _modulation(self, steps: int | None = None, prompts: int | None = None) -> tuple[Any, ...]:
+        """What the size of a table depends on; `prompts` counts the negative ones."""
+        cfg, usual = self.parts.configs["transformer"], 2 if self.plan.guidance > 1 else 1
+        pooled = modulation.spec(or_(prompts, usual), cfg.pooled_dim, dtype=cfg.dtype)
+        return MMDiT, cfg, modulation.spec(or_(steps, self.plan.steps)), pooled
 
     def table(self, height: int, width: int, steps: int, *, shift=None, solver=None, strength: float | None = None):
         """The solver's table of a run; with `strength` only its last part, as upstream's image to image begins."""
@@ -281,12 +304,16 @@ class StableDiffusion3(base.Pipeline):
                 "clean": None, "table": table, "guidance": jnp.float32(scale) if guided else None,
                 "skip": self._skip(a, table.steps) if guided else None, "report": a["on_step"] is not None,
                 "output": a["output"], "keys": calls.solver_keys(a["seed"], count, table.stochastic),
-                "vae_tiling": bool(a.get("vae_tiling")), "vae_slicing": bool(a.get("vae_slicing")),
+                "vae_tiling": bool(a.get("vae_tiling")), "vae_slicing": bool(a.get("vae_slicing")), "modulation": None,
             }  # fmt: skip
             if a["image"] is not None:
                 values["image"] = jnp.asarray(media.resize(media.picture(a["image"]), height, width))[None]
                 values["image_keys"] = calls.posterior_keys(a["seed"], count)
-            todo = stages(t5=False, image=a["image"] is not None, pixels=a["output"] != "latents", encode=False)
+            prompts = len(prompt.positive.states) * (2 if guided else 1)
+            todo = stages(
+                t5=False, image=a["image"] is not None, pixels=a["output"] != "latents", encode=False,
+                tabled=modulation.tabled(*self._modulation(table.steps, prompts)),
+            )  # fmt: skip
             with calls.reporting(a["on_step"]):
                 values, spent = run(todo, self.weights, values)
         return calls.result(values, timings | spent)

@@ -15,12 +15,12 @@ from jdit import media, sampling
 from jdit.nn.vae.autoencoder_kl_wan import AutoencoderKLWan
 from jdit.nn.vae.autoencoder_kl_wan_config import AutoencoderKLWanConfig
 from jdit.nn.vae.tiling import Tiles
-from jdit.nn.wan import Wan, WanConfig
-from jdit.pipeline import base, calls, segmented
+from jdit.nn.wan import Modulation, Wan, WanConfig
+from jdit.pipeline import base, calls, modulation, segmented
 from jdit.pipeline.calls import or_
 from jdit.pipeline.executor import Stage, run
 from jdit.pipeline.segmented import SEGMENT, TAKES, planned
-from jdit.pipeline.wan_conditions import Conditions, encode_first, encode_frames, encode_pictures, unit
+from jdit.pipeline.wan_conditions import Conditions, encode_first, encode_frames, encode_pictures, times, unit
 from jdit.pipeline.wan_prompts import TEXT, WanPipeline, change_rows, contexts, texts
 from jdit.sampling import guidance as guide
 from jdit.sampling.segments import SegmentPlan
@@ -34,18 +34,26 @@ def prepare(positive: Text, negative: Text | None, noise, table: sampling.Table,
     return sampling.init(noise, table), Conditions(texts(positive, negative), tokens, channels, first)
 
 
+def modulate(transformer: Wan, table: sampling.Table, held: int | None) -> Modulation:
+    """Modulation of this transformer's steps; `held` is the number of latent frames where the first one is given."""
+    return transformer.modulation_table(times(table.timestep, held))
+
+
 def denoise(
-    transformer: Wan, state: sampling.State, given: Conditions, table: sampling.Table, scale, keys, total: int,
-    two_passes: bool, report: bool,
+    transformer: Wan, state: sampling.State, given: Conditions, mods: Modulation | None, table: sampling.Table, scale,
+    keys, held: int | None, total: int, two_passes: bool, report: bool,
 ) -> sampling.State:  # fmt: skip
     """The rows of a table that are this transformer's. Modulation of its steps, and the keys and values of each prompt,
-    are computed before them."""
-    context = contexts(transformer, given.text, given.tokens, state.x.shape[0] * (1 if scale is None else 2))
-    times = given.times(jnp.asarray(table.timestep, jnp.float32), state.x.shape[1])
+    are computed before them.
 
-    def predict(x, t, modulation, *, context):
-        del t  # it is in the modulation
-        return transformer.velocity(given.apply(x), modulation, context)
+    Args:
+        mods: of each step; None makes it in the steps. held: see `modulate`.
+    """
+    context = contexts(transformer, given.text, given.tokens, state.x.shape[0] * (1 if scale is None else 2))
+    of_step = modulation.at(mods, lambda t: transformer.modulation_table(times(t, held)))
+
+    def predict(x, t, row, *, context):
+        return transformer.velocity(given.apply(x), of_step(t, row[0]), context)
 
     model = functools.partial(predict, context=context)
     if scale is not None and two_passes:
@@ -53,8 +61,8 @@ def denoise(
         model = guide.two_passes(half(0), half(1), scale)
     elif scale is not None:
         model = guide.classifier_free(model, scale)
-    table_rows, told = transformer.modulation_table(times), calls.report_step if report else None
-    return sampling.run(model, state, table, key=keys, per_step=table_rows, on_step=told, total=total)
+    told = calls.report_step if report else None
+    return sampling.run(model, state, table, key=keys, per_step=(mods,), on_step=told, total=total)
 
 
 def finish(state: sampling.State, given: Conditions) -> Float[Array, "B S h w C"]:
@@ -94,7 +102,7 @@ ALONE, HIGH, LOW = ("denoise", "transformer"), ("denoise_high", "transformer"), 
 
 def stages(
     *, tokens: bool, picture: str | None, experts: Sequence[tuple[str, str]] = (ALONE,), pixels: bool,
-    segments: bool = False,
+    segments: bool = False, tabled: bool = True,
 ) -> list[Stage]:  # fmt: skip
     """The stages of a call with encoded prompts.
 
@@ -103,7 +111,8 @@ def stages(
         picture: "channels", "first" or None: what becomes of the given frames.
         experts: (stage, transformer) of each part of the table.
         segments: whether all but the pictures' tokens is made a segment, each going on from the last frame of the one
-            before it.
+            before it; modulation is made once.
+        tabled: whether modulation of all steps is made before them.
     """
     once = [Stage("encode_image", encode_pictures, ("image_encoder",), ("pictures",), ("tokens",))] if tokens else []
     out: list[Stage] = []
@@ -114,10 +123,16 @@ def stages(
         out.append(Stage("encode_frames", encode_first, ("vae",), ("image", "vae_tiling"), ("first",), ("vae_tiling",)))
     reads = ("positive", "negative", "noise", "table", "tokens", "channels", "first")
     out.append(Stage("prepare", prepare, (), reads, ("state", "conditions")))
-    static = ("steps", "two_passes", "report")
+    static = ("held", "steps", "two_passes", "report")
     for name, transformer in experts:
-        reads = ("state", "conditions", f"table:{name}", f"guidance:{name}", "keys", *static)
-        out.append(Stage(name, denoise, (transformer,), reads, ("state",), static))
+        mods, table = (f"{what}:{name}" for what in ("modulation", "table"))
+        reads = ("state", "conditions", mods, table, f"guidance:{name}", "keys", *static)
+        loop = Stage(name, denoise, (transformer,), reads, ("state",), static, frees=(mods,))
+        *first, loop = modulation.stages(
+            loop, modulate, (table, "held"), static=("held",), name=name.replace("denoise", "modulate"), tabled=tabled
+        )
+        (once if segments else out).extend(first)
+        out.append(loop)
     out.append(Stage("finish", finish, (), ("state", "conditions"), ("latents",)))
     if segments:
         reads = ("latents", "output", "vae_tiling", "report_frames")
@@ -249,7 +264,19 @@ class WanVideo(WanPipeline):
     def usual_stages(self) -> list[Stage]:
         """See the base class."""
         experts = (ALONE,) if self.boundary is None else (HIGH, LOW)
-        return [TEXT, *stages(tokens=self._tokens, picture=self.picture, experts=experts, pixels=True)]
+        tabled = modulation.tabled(*self._modulation(self.plan.steps))
+        return [TEXT, *stages(tokens=self._tokens, picture=self.picture, experts=experts, pixels=True, tabled=tabled)]
+
+    def tables(self) -> dict[str, int]:
+        """See the base class."""
+        parts = self.experts(self.table(self.plan.steps))
+        sizes = {e: modulation.table_bytes(*self._modulation(part.steps)) for e, part in parts.items()}
+        return {f"modulation:{name}": size for (name, _), size in sizes.items()}
+
+    def _modulation(self, steps: int, held: int | None = None) -> tuple[Any, ...]:
+        """What the size of a table depends on; `held` as for `modulate`."""
+        times = modulation.spec(*([steps] if held is None else [steps, 1, held]))
+        return Wan, self.parts.configs["transformer"], times
 
     def table(self, steps: int, *, shift=None, solver=None) -> sampling.Table:
         """The solver's table of a run."""
@@ -283,6 +310,8 @@ class WanVideo(WanPipeline):
         experts = self.experts(table)
         pictures = self._pictures(a, height, width)
         guided, vae, long = scale > 1, self.parts.configs["vae"], self.segmented(a)
+        held = (frames - 1) // vae.time_factor + 1 if pictures and self.picture == "first" else None
+        tabled = all(modulation.tabled(*self._modulation(part.steps, held)) for part in experts.values())
         prompt = self._prompt(prompt, a, guided, timings)
         count = prompt.positive.states.shape[0] * a["num_outputs"]
         shape = ((frames - 1) // vae.time_factor + 1, height // vae.space_factor, width // vae.space_factor)
@@ -292,7 +321,7 @@ class WanVideo(WanPipeline):
             "tokens": None, "channels": None, "first": None, "num_frames": frames, "steps": table.steps,
             "two_passes": bool(a.get("two_passes")), "report": a["on_step"] is not None, "output": a["output"],
             "vae_tiling": bool(a.get("vae_tiling")), "vae_slicing": bool(a.get("vae_slicing")),
-            "report_frames": a.get("on_frame") is not None,
+            "report_frames": a.get("on_frame") is not None, "held": held,
         }  # fmt: skip
         if long:
             plan = SegmentPlan(1 + a["num_segments"] * (frames - 1), frames, 1)
@@ -304,12 +333,12 @@ class WanVideo(WanPipeline):
             keys = calls.solver_keys(a["seed"], count, table.stochastic)
             values |= {"noise": calls.first_noise(a, shape), "keys": keys}
         for expert, part in experts.items():
-            values[f"table:{expert[0]}"] = part
+            values |= {f"table:{expert[0]}": part, f"modulation:{expert[0]}": None}
             own = scale_2 if expert == LOW else scale
             values[f"guidance:{expert[0]}"] = jnp.float32(own) if guided else None
         return values, stages(
             tokens="pictures" in pictures, picture=self.picture if pictures else None, experts=tuple(experts),
-            pixels=a["output"] != "latents", segments=long,
+            pixels=a["output"] != "latents", segments=long, tabled=tabled,
         )  # fmt: skip
 
     def segmented(self, given: Mapping[str, Any]) -> bool:

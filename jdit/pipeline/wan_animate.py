@@ -17,7 +17,7 @@ from jdit.nn.vae.autoencoder_kl_wan_config import AutoencoderKLWanConfig
 from jdit.nn.vae.tiling import Tiles
 from jdit.nn.wan import Context, Modulation
 from jdit.nn.wan_animate import WanAnimate, WanAnimateConfig
-from jdit.pipeline import base, calls, segmented
+from jdit.pipeline import base, calls, modulation, segmented
 from jdit.pipeline.animate_conditions import Segment, Tail, encode_reference, encode_segment
 from jdit.pipeline.calls import or_
 from jdit.pipeline.executor import Stage
@@ -32,17 +32,21 @@ from jdit.structs import Output, Text
 # ------------------------------------------------------------------------------------------------- stages
 
 
+def modulate(transformer: WanAnimate, table: sampling.Table) -> Modulation:
+    """Modulation of every step, of all segments."""
+    return transformer.modulation_table(jnp.asarray(table.timestep, jnp.float32))
+
+
 def prepare(
-    transformer: WanAnimate, positive: Text, negative: Text | None, tokens, table: sampling.Table, outputs: int,
-    length: int,
-) -> tuple[Modulation, Context, Any]:  # fmt: skip
-    """What all segments share: modulation of every step, keys and values of the prompts and, under guidance, of the
-    face that the unconditional half sees: none, which upstream says with black frames."""
+    transformer: WanAnimate, positive: Text, negative: Text | None, tokens, outputs: int, length: int
+) -> tuple[Context, Any]:
+    """What else all segments share: keys and values of the prompts and, under guidance, of the face that the
+    unconditional half sees: none, which upstream says with black frames."""
     guided = negative is not None
     context = contexts(transformer, texts(positive, negative), tokens, outputs * (2 if guided else 1))
     side = transformer.cfg.face_size
     blank = transformer.embed_face(jnp.full((1, length, side, side, 3), -1.0)) if guided else None
-    return transformer.modulation_table(jnp.asarray(table.timestep, jnp.float32)), context, blank
+    return context, blank
 
 
 def encode_face(transformer: WanAnimate, segment: Segment):
@@ -51,10 +55,10 @@ def encode_face(transformer: WanAnimate, segment: Segment):
 
 
 def denoise(
-    transformer: WanAnimate, segment: Segment, channels, pose, face, blank, context: Context, modulation: Modulation,
+    transformer: WanAnimate, segment: Segment, channels, pose, face, blank, context: Context, mods: Modulation | None,
     table: sampling.Table, scale, report: bool, steps: int,
 ) -> Float[Array, "B 1+S h w C"]:  # fmt: skip
-    """One segment from its noise to its latents."""
+    """One segment from its noise to its latents. `mods` is the modulation of each step; None makes it in the steps."""
     outputs, guided = segment.noise.shape[0], scale is not None
     pose = transformer.embed_pose(jnp.repeat(pose, outputs * (2 if guided else 1), 0))
     spread = lambda a: jnp.repeat(a, outputs, 1)  # the batch comes after the adapters
@@ -63,14 +67,15 @@ def denoise(
         face = jax.tree.map(lambda a, b: jnp.concatenate([spread(a), b], 1), blank, face)
         channels = jnp.concatenate([channels, channels])
 
-    def model(x, t, modulation):
-        del t  # it is in the modulation
-        return transformer.velocity(jnp.concatenate([x, channels], -1), modulation, context, pose, face)
+    of_step = modulation.at(mods, transformer.modulation_table)
+
+    def model(x, t, row):
+        return transformer.velocity(jnp.concatenate([x, channels], -1), of_step(t, row[0]), context, pose, face)
 
     told = calls.report_step if report else None
     state = sampling.init(segment.noise, table)
     model = guide.classifier_free(model, scale) if guided else model
-    return sampling.run(model, state, table, key=segment.keys, per_step=modulation, on_step=told, total=steps).x
+    return sampling.run(model, state, table, key=segment.keys, per_step=(mods,), on_step=told, total=steps).x
 
 
 def decode(vae: AutoencoderKLWan, latents, tail: Tail, hold, kind: str, tiling: bool):
@@ -83,24 +88,27 @@ def decode(vae: AutoencoderKLWan, latents, tail: Tail, hold, kind: str, tiling: 
     return latents, Tail(frames[:, -overlap:], jnp.array(False)), calls.to_pixels(frames, kind)
 
 
-def stages(*, pixels: bool = True) -> list[Stage]:
-    """The stages of a call with encoded prompts."""
-    reads = ("positive", "negative", "tokens", "table", "outputs", "length")
+def stages(*, pixels: bool = True, tabled: bool = True) -> list[Stage]:
+    """The stages of a call with encoded prompts, with a table of modulation or without."""
+    reads = ("positive", "negative", "tokens", "outputs", "length")
     shared = ("face", "blank", "context", "modulation", "table", "guidance", "report", "steps")
     tiling = ("vae_tiling",)
+    loop = Stage("denoise", denoise, ("transformer",), (SEGMENT, "channels", "pose", *shared), ("latents",),
+                 shared[-2:], SEGMENT, frees=("modulation",))  # fmt: skip
+    *first, loop = modulation.stages(loop, modulate, ("table",), tabled=tabled)
     replayed = [
         Stage("encode_segment", encode_segment, ("vae",), ("reference", SEGMENT, "tail", *tiling), ("channels", "pose"),
               tiling, SEGMENT),
-        Stage("encode_face", encode_face, ("transformer",), (SEGMENT,), ("face",), (), SEGMENT),
-        Stage("denoise", denoise, ("transformer",), (SEGMENT, "channels", "pose", *shared), ("latents",), shared[-2:],
-              SEGMENT),
+        Stage("encode_face", encode_face, loop.weights, (SEGMENT,), ("face",), (), SEGMENT),
+        loop,
         Stage("decode", decode, ("vae",), ("latents", "tail", "hold", "output", *tiling),
               ("latents", "tail", "pixels"), ("output", *tiling), SEGMENT),
     ]  # fmt: skip
     return [
         Stage("encode_image", encode_pictures, ("image_encoder",), ("pictures",), ("tokens",)),
         Stage("encode_reference", encode_reference, ("vae",), ("image", *tiling), ("reference",), tiling),
-        Stage("prepare", prepare, ("transformer",), reads, ("modulation", "context", "blank"), reads[-2:]),
+        *first,
+        Stage("prepare", prepare, loop.weights, reads, ("context", "blank"), reads[-2:]),
         *planned(replayed, pixels=pixels),
     ]
 
@@ -198,7 +206,18 @@ class WanAnimation(WanPipeline):
 
     def usual_stages(self) -> list[Stage]:
         """See the base class."""
-        return [TEXT, *stages()]
+        return [TEXT, *stages(tabled=modulation.tabled(*self._modulation(self.plan.steps)))]
+
+    def tables(self) -> dict[str, int]:
+        """See the base class."""
+        return {"modulation": modulation.table_bytes(*self._modulation(self.plan.steps))}
+
+    def _modulation(self, steps: int) -> tuple[Any, ...]:
+        """What the size of a table depends on."""
+        return WanAnimate, self.parts.configs["transformer"], modulation.spec(steps)
+
+    def _stages(self, a: Mapping[str, Any], steps: int) -> list[Stage]:
+        return stages(pixels=a["output"] != "latents", tabled=modulation.tabled(*self._modulation(steps)))
 
     def table(self, steps: int, *, shift=None, solver=None) -> sampling.Table:
         """The solver's table of a run."""
@@ -234,17 +253,18 @@ class WanAnimation(WanPipeline):
             "length": plan.length, "guidance": jnp.float32(scale) if guided else None, "steps": table.steps,
             "report": a["on_step"] is not None, "output": a["output"], "vae_tiling": bool(a.get("vae_tiling")),
             "hold": jnp.float32(hold) if hold else None, "tail": Tail(tail, jnp.array(True)), "plan": plan,
-            "make": make, "fps": clips.fps or self.plan.fps or 30,
+            "make": make, "modulation": None, "fps": clips.fps or self.plan.fps or 30,
         }  # fmt: skip
 
     def _generate(self, prompt, **a: Any) -> Output:
         timings: dict[str, float] = {}
         with self.on_mesh():
             values = self._values(prompt, a, timings)
-            return segmented.whole(self, stages(pixels=a["output"] != "latents"), values, a, timings, values["fps"])
+            todo = self._stages(a, values["steps"])
+            return segmented.whole(self, todo, values, a, timings, values["fps"])
 
     def _stream(self, prompt, **a: Any) -> Iterator[Output]:
         timings: dict[str, float] = {}
         with self.on_mesh():
             values = self._values(prompt, a, timings)
-        yield from segmented.pieces(self, stages(pixels=a["output"] != "latents"), values, a, timings, values["fps"])
+        yield from segmented.pieces(self, self._stages(a, values["steps"]), values, a, timings, values["fps"])

@@ -45,11 +45,11 @@ class Conditions(NamedTuple):
     def keep_first(self, x: Float[Array, "B S h w C"]) -> Float[Array, "B S h w C"]:
         return x if self.first is None else x.at[:, :1].set(_rows(self.first, len(x)).astype(x.dtype))
 
-    def times(self, timesteps: Float[Array, "N"], frames: int) -> Float[Array, "N"] | Float[Array, "N 1 S"]:
-        """The timestep of each step, or of each latent frame in it: a first frame that is given has timestep 0."""
-        if self.first is None:
-            return timesteps
-        return timesteps[:, None, None] * (jnp.arange(frames) > 0)
+
+def times(timesteps: Float[Numbers, "N"], frames: int | None) -> Float[Array, "N"] | Float[Array, "N 1 S"]:
+    """The timestep of each step or, of so many latent frames, of each of them: the first one is given, at time 0."""
+    timesteps = jnp.asarray(timesteps, jnp.float32)
+    return timesteps if frames is None else timesteps[:, None, None] * (jnp.arange(frames) > 0)
 
 
 def _rows(a: Float[Array, "K ..."], rows: int) -> Float[Array, "B ..."]:

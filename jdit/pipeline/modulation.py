@@ -1,0 +1,71 @@
+"""Modulation of all steps as a stage of its own, whose weights the sampling loop does without.
+
+Where the table of all steps would be large, and larger than the weights that it is made from, there is none: the loop
+keeps them and makes each step's modulation in the step.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jdit import sharding
+from jdit.nn import parts
+from jdit.pipeline.executor import Stage
+
+LARGE = 1e9
+"""Bytes up to which a table is no matter, whatever its weights."""
+
+
+def stages(loop: Stage, make: Callable, reads: Sequence[str], *, static: Sequence[str] = (), name: str = "modulate",
+           tabled: bool = True) -> list[Stage]:  # fmt: skip
+    """The stage that makes a table, and the loop that reads it without the weights which it was made from.
+
+    Args:
+        loop: reads the table as the value `loop.frees` names; its component is `loop.weights`.
+        make: (module, *reads) -> table.
+        tabled: without a table the loop is left as it is, and reads None.
+    """
+    (component,), (table,) = loop.weights, loop.frees
+    if not tabled:
+        return [loop]
+    first = Stage(name, make, (parts.name(component, parts.MODULATION),), tuple(reads), (table,), tuple(static))
+    return [first, dataclasses.replace(loop, weights=(parts.name(component, parts.LOOP),))]
+
+
+def at(table: Any, make: Callable[[Any], Any]) -> Callable[[Any, Any], Any]:
+    """(timestep, row of the table) -> a step's modulation: the row or, of no table (None), that of `make` with the one
+    timestep (1,)."""
+    if table is not None:
+        return lambda t, row: row
+    return lambda t, row: jax.tree.map(lambda a: a[0], make(jnp.asarray(t, jnp.float32)[None]))
+
+
+def spec(*shape: int, dtype: str = "float32") -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+
+
+@functools.cache
+def _abstract(module: type[Any], cfg: Any) -> Any:
+    return nnx.eval_shape(lambda: module(cfg, rngs=nnx.Rngs(0)))
+
+
+@functools.cache
+def table_bytes(module: type[Any], cfg: Any, *inputs: jax.ShapeDtypeStruct) -> int:
+    """Size of `module.modulation_table(*inputs)`."""
+    return sharding.tree_bytes(jax.eval_shape(module.modulation_table, _abstract(module, cfg), *inputs))
+
+
+@functools.cache
+def weight_bytes(module: type[Any], cfg: Any, part: str) -> int:
+    """Size of a part of the module's weights."""
+    return sharding.tree_bytes(parts.take(_abstract(module, cfg), part))
+
+
+def tabled(module: type[Any], cfg: Any, *inputs: jax.ShapeDtypeStruct) -> bool:
+    """Whether the table of these inputs is to be made: it is small, or no larger than the weights it is made from."""
+    return table_bytes(module, cfg, *inputs) <= max(LARGE, weight_bytes(module, cfg, parts.MODULATION))
