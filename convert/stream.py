@@ -131,6 +131,7 @@ def load_leaves(
     *,
     dtype: DTypeLike | None = None,
     on_leaf: Callable[[Path], None] | None = None,
+    only: Collection[Path] | None = None,
 ) -> dict[Path, Array]:
     """Read a component into memory, each leaf put to its target's sharding before the next is read.
 
@@ -138,6 +139,7 @@ def load_leaves(
         targets: path -> shape, dtype and (optional) sharding; see `sharding.abstract`.
         dtype: of all floating-point leaves; None is each target's own.
         on_leaf: called before each leaf, for progress.
+        only: the targets to be read; None is all.
 
     Raises:
         ConversionError: keys and leaves that do not fit, all of them, before anything is read.
@@ -145,6 +147,8 @@ def load_leaves(
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     out = {}
     for path, f in _plan(reader, rules, targets):
+        if only is not None and path not in only:
+            continue
         if on_leaf is not None:
             on_leaf(path)
         host = fill(f, reader.read, _stored_dtype(reader, f, f.dtype if dtype is None else dtype))

@@ -13,7 +13,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -215,9 +215,10 @@ def _raise(problems: list[str], where: Path) -> None:
 
 
 def restore(
-    folder: str | os.PathLike, component: str, targets: Mapping[ParamPath, jax.ShapeDtypeStruct]
-) -> dict[ParamPath, Array]:
-    """Read one component straight into the shardings and dtypes of `targets` (see `sharding.abstract`).
+    folder: str | os.PathLike, component: str, targets: Mapping[ParamPath, jax.ShapeDtypeStruct],
+    only: Collection[ParamPath] | None = None,
+) -> dict[ParamPath, Array]:  # fmt: skip
+    """Read one component straight into the shardings and dtypes of `targets` (see `sharding.abstract`), or `only` some.
 
     Each device reads its own part. A target without a sharding goes to the default device.
 
@@ -229,6 +230,8 @@ def restore(
     root = Path(os.path.abspath(folder)) / component
     _raise(misfits(folder, component, stored(folder, component), targets), root)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    wanted = [path for path in targets if only is None or path in only]
+    item = {path: leaf if path in wanted else ocp.PLACEHOLDER for path, leaf in targets.items()}
     args = {
         path: ocp.ArrayRestoreArgs(
             restore_type=jax.Array, dtype=leaf.dtype, sharding=leaf.sharding or here, global_shape=tuple(leaf.shape)
@@ -239,7 +242,7 @@ def restore(
     handler = _handler(restore_concurrent_gb=max(4, 2 * math.ceil(largest / 1e9)))
     try:
         with ocp.Checkpointer(handler) as checkpointer:
-            tree = checkpointer.restore(root, item=_nest(targets), restore_args=_nest(args))
+            tree = checkpointer.restore(root, item=_nest(item), restore_args=_nest(args))
     except (ValueError, OSError) as e:
         raise CheckpointError(f"{root} cannot be read: {str(e).splitlines()[0]}") from e
-    return {path: _pick(tree, path) for path in targets}
+    return {path: _pick(tree, path) for path in wanted}

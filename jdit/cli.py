@@ -123,15 +123,19 @@ def _print_inspection(found: dict[str, Any]):
 
 
 def _print_memory(out: Console, plan: dict[str, Any]):
-    table = Table("stage", "weights on the device (bfloat16)", "size", box=None, pad_edge=False)
+    table = Table("stage", "on the device (bfloat16 weights, float32 tables)", "size", box=None, pad_edge=False)
     for stage in plan["stages"]:
         table.add_row(stage["stage"], ", ".join(stage["resident"]), _size(stage["bytes"]))
     out.print(table)
     room = "unknown on this device" if plan["room"] is None else _size(plan["room"])
     room += f", activations about {_size(plan['activations'])}" if plan["activations"] else ""
     waiting = f"; read for their stages: {', '.join(plan['waiting'])}" if plan["waiting"] else ""
-    out.print(f"memory: {_size(plan['peak'])} of weights at most, {_size(plan['least'])} if each waits for its stage, "
+    most, least = _size(plan["peak"]), _size(plan["least"])
+    out.print(f"memory: {most} of weights and tables at most, {least} if each waits for its stage, "
               f"room {room}{waiting}", markup=False, highlight=False, soft_wrap=True)  # fmt: skip
+    for name, size in plan["in_step"].items():
+        out.print(f"memory: no table of {name}: of all steps it would be {_size(size)}, more than the weights that "
+                  "make it; they stay", markup=False, highlight=False, soft_wrap=True)  # fmt: skip
 
 
 @main.command()

@@ -4,7 +4,7 @@ import dataclasses
 import logging
 import sys
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from convert.layout import detect
 from convert.source import Source, open_source
 from convert.table import ConversionError, summary
 from jdit import checkpoint, sharding, zoo
+from jdit.nn import parts as split
 from jdit.pipeline import memory
 from jdit.pipeline.base import Parts, Pipeline
 from jdit.pipeline.executor import Weights
@@ -37,32 +38,34 @@ class Opened:
     """A source whose configs are known and whose weights are not read yet.
 
     Attributes:
-        leaves: (component, targets) -> its leaves. problems: (component, targets) -> what keeps them from being read.
+        leaves: (component, targets, those of them that are wanted) -> these leaves.
+        problems: (component, targets) -> what keeps them from being read.
     """
 
     parts: Parts
-    leaves: Callable[[str, dict], dict]
+    leaves: Callable[[str, dict, Collection], dict]
     problems: Callable[[str, dict], list[str]]
 
     def pipeline(
         self, *, mesh: Mesh | None = None, rules: Rules | None = None, dtype: str = "bfloat16",
-        on_component: OnComponent | None = None,
+        room: float | None = None, on_component: OnComponent | None = None,
     ) -> Pipeline:  # fmt: skip
         """Read the weights. See `load`."""
         check_dtype(dtype)
         if rules is not None and mesh is None:
             raise ValueError("rules says where axes go on a mesh: give mesh as well (jdit.make_mesh)")
         parts, makes, targets = self._placed(mesh, rules, dtype)
-        placed = parts.configs
-        if problems := [line for n in placed for line in self.problems(n, targets[n])]:
+        if problems := [line for n in targets for line in self.problems(n, targets[n])]:
             raise ConversionError(summary(problems))
 
         def read(name: str) -> nnx.Module:
             if on_component:
                 on_component(name)
-            return sharding.assemble(makes[name], self.leaves(name, targets[name]))
+            component, part = split.parse(name)
+            wanted = _paths(parts.configs[component], part, targets[component])
+            return sharding.assemble(makes[component], self.leaves(component, targets[component], wanted), wanted)
 
-        plan = self._memory(targets, mesh)
+        plan = self._memory(parts, targets, mesh, room)
         waiting = plan.waiting
         if waiting:
             log.info(
@@ -70,7 +73,7 @@ class Opened:
             )
         if not plan.fits:
             log.warning("%.1f GB of weights at once, and room for %.1f GB", plan.peak / 1e9, (plan.room or 0) / 1e9)
-        weights = Weights({n: read(n) for n in placed if n not in waiting}, {n: (lambda n=n: read(n)) for n in waiting})
+        weights = Weights({n: read(n) for n in plan.resident}, {n: (lambda n=n: read(n)) for n in waiting})
         return PIPELINES[parts.family](parts, weights, mesh=mesh)
 
     def _placed(self, mesh: Mesh | None, rules: Rules | None, dtype: str):
@@ -90,18 +93,30 @@ class Opened:
             room: bytes for weights; None asks the device.
         """
         check_dtype(dtype)
-        return self._memory(self._placed(mesh, rules, dtype)[2], mesh, room)
+        parts, _, targets = self._placed(mesh, rules, dtype)
+        return self._memory(parts, targets, mesh, room)
 
-    def _memory(self, targets: Mapping[str, dict], mesh: Mesh | None, room: float | None = None) -> MemoryPlan:
-        sizes = {n: sum(map(sharding.bytes_a_device, leaves.values())) for n, leaves in targets.items()}
-        dry = self.dry()
+    def _memory(self, parts: Parts, targets: Mapping[str, dict], mesh: Mesh | None, room: float | None) -> MemoryPlan:
+        dry = PIPELINES[parts.family](parts, Weights({}))
+        stages, sizes = dry.usual_stages(), {}
+        for name in (entry for component in targets for entry in memory.entries(stages, component)):
+            component, part = split.parse(name)
+            leaves = targets[component]
+            sizes[name] = sum(
+                sharding.bytes_a_device(leaves[p]) for p in _paths(parts.configs[component], part, leaves)
+            )
         activations = dry.activations() / (mesh.size if mesh is not None else 1)
-        plan = memory.plan(dry.usual_stages(), sizes, memory.room(activations) if room is None else room)
+        plan = memory.plan(stages, sizes, memory.room(activations) if room is None else room, dry.tables())
         return plan._replace(activations=int(activations))
 
     def dry(self) -> Pipeline:
         """The pipeline without weights: it checks sizes and arguments."""
         return PIPELINES[self.parts.family](self.parts, Weights({}))
+
+
+def _paths(cfg: Any, part: str | None, targets: Mapping[sharding.Path, Any]) -> list[sharding.Path]:
+    """The parameters of a part of the component with this config, or of all of it."""
+    return [path for path in targets if split.holds(zoo.MODULES[type(cfg)], part, path)]
 
 
 def check_dtype(dtype: str):
@@ -116,6 +131,7 @@ def load(
     rules: Rules | None = None,
     dtype: str = "bfloat16",
     parts: Mapping[str, str | Path] | None = None,
+    room: float | None = None,
 ) -> Pipeline:
     """Load a model.
 
@@ -126,12 +142,15 @@ def load(
         dtype: of weights and computation; statistics stay float32.
         parts: component or tokenizer name -> file or folder to take it from instead, as
             {"text_encoder_3": "t5xxl.safetensors"}.
+        room: bytes of a device's memory that weights may take; None is what the device has beside activations. Where
+            they need more, some are read for their stages and freed after them: encoders before the sampling loop, and
+            the weights that its modulation was made from (`jdit inspect` prints the plan).
 
     Raises:
         ValueError: a source that is not there, is incomplete or broken; the message names file and tensor.
     """
     check_dtype(dtype)
-    return open_model(source, parts=parts).pipeline(mesh=mesh, rules=rules, dtype=dtype)
+    return open_model(source, parts=parts).pipeline(mesh=mesh, rules=rules, dtype=dtype, room=room)
 
 
 def open_model(source: str | Path, *, parts: Mapping[str, str | Path] | None = None) -> Opened:
@@ -148,9 +167,9 @@ def open_model(source: str | Path, *, parts: Mapping[str, str | Path] | None = N
 
 
 def _opened(source: Source, name: str | None) -> Opened:
-    def leaves(component: str, targets: dict) -> dict:
+    def leaves(component: str, targets: dict, only: Collection) -> dict:
         part = source.parts[component]
-        return stream.load_leaves(part.reader, part.rules, targets)
+        return stream.load_leaves(part.reader, part.rules, targets, only=only)
 
     def problems(component: str, targets: dict) -> list[str]:
         part = source.parts[component]
@@ -201,7 +220,7 @@ def _opened_jdit(path: Path) -> Opened:
         except checkpoint.CheckpointError as e:
             return [str(e)]
 
-    return Opened(parts, lambda name, targets: checkpoint.restore(path, name, targets), problems)
+    return Opened(parts, lambda name, targets, only: checkpoint.restore(path, name, targets, only), problems)
 
 
 class _Callable(types.ModuleType):

@@ -7,7 +7,7 @@ module config and is therefore part of every jit key.
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import jax
@@ -122,14 +122,18 @@ def abstract(make: Callable[[], nnx.Module], mesh: Mesh | None = None, rules: Ru
     return graphdef, leaves
 
 
-def assemble(make: Callable[[], nnx.Module], leaves: dict[Path, jax.Array]) -> nnx.Module:
-    """The module that `make` describes, holding `leaves` (every path of `abstract(make)`, no other)."""
+def assemble(
+    make: Callable[[], nnx.Module], leaves: dict[Path, jax.Array], only: Collection[Path] | None = None
+) -> nnx.Module:
+    """The module that `make` describes, holding `leaves` (every path of `abstract(make)`, no other); of a part of a
+    module `only` those paths, and nothing in the others (see `jdit.nn.parts`)."""
     graphdef, state = nnx.split(nnx.eval_shape(make))
     flat = list(nnx.to_flat_state(state))
-    missing, extra = {p for p, _ in flat} - set(leaves), set(leaves) - {p for p, _ in flat}
+    wanted = {p for p, _ in flat if only is None or p in only}
+    missing, extra = wanted - set(leaves), set(leaves) - wanted
     if missing or extra:
         raise ValueError(f"parameters missing {sorted(map(dotted, missing))}, unknown {sorted(map(dotted, extra))}")
-    return nnx.merge(graphdef, nnx.from_flat_state([(p, var.replace(leaves[p])) for p, var in flat]))
+    return nnx.merge(graphdef, nnx.from_flat_state([(p, var.replace(leaves.get(p))) for p, var in flat]))
 
 
 def leaves(module: nnx.Module) -> dict[Path, jax.Array]:

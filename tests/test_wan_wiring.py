@@ -60,7 +60,7 @@ def test_full_size(name):
         "steps": table.steps, "two_passes": False, "report": False, "output": "uint8", "vae_tiling": False,
         "vae_slicing": False, "report_frames": False, "image": array(1, height, width, 3, dtype=jnp.uint8),
         "last_image": array(1, height, width, 3, dtype=jnp.uint8) if "flf" in name else None,
-        "keys": None, "pictures": array(2 if "flf" in name else 1, 224, 224, 3),
+        "keys": None, "held": None, "pictures": array(2 if "flf" in name else 1, 224, 224, 3),
     }  # fmt: skip
     for (stage, _), part in experts.items():
         values |= {f"table:{stage}": part, f"guidance:{stage}": jnp.float32(5)}

@@ -1,4 +1,4 @@
-"""The memory plan: which weights are on a device in each stage, and which wait on the host for theirs."""
+"""The memory plan: which weights and modulation tables are on a device in each stage, and what waits for its stages."""
 
 import itertools
 from collections.abc import Collection, Mapping, Sequence
@@ -6,11 +6,12 @@ from typing import NamedTuple
 
 import jax
 
+from jdit.nn import parts
 from jdit.pipeline.executor import Stage, blocks
 
 
 class Resident(NamedTuple):
-    """The weights that are on a device while a stage runs, in bytes a device."""
+    """Weights (components, or their parts) and tables that are on a device while a stage runs, in bytes a device."""
 
     stage: str
     components: tuple[str, ...]
@@ -21,16 +22,21 @@ class MemoryPlan(NamedTuple):
     """How a pipeline's weights come and go.
 
     Attributes:
-        waiting: components that are read for their stages and let go after the last of them.
+        waiting: components, or parts, that are read for their stages and let go after the last of them.
+        resident: components, or parts where the other part waits, that are read at once and stay.
         room: bytes a device has for weights; None where it does not tell.
         least: the peak if every component waited.
+        in_step: tables that are not made, with their bytes: they would be larger than the weights that they are made
+            from, which the loop therefore keeps.
         activations: bytes a device beside the weights, about; 0 where unknown.
     """
 
     stages: tuple[Resident, ...]
     waiting: tuple[str, ...]
+    resident: tuple[str, ...]
     room: int | None
     least: int
+    in_step: tuple[tuple[str, int], ...] = ()
     activations: int = 0
 
     @property
@@ -45,32 +51,59 @@ class MemoryPlan(NamedTuple):
         """As JSON has it."""
         stages = [{"stage": s.stage, "resident": list(s.components), "bytes": s.bytes} for s in self.stages]
         return {"stages": stages, "waiting": list(self.waiting), "peak": self.peak, "least": self.least,
-                "activations": self.activations, "room": self.room}  # fmt: skip
+                "activations": self.activations, "room": self.room, "in_step": dict(self.in_step)}  # fmt: skip
 
 
-def plan(stages: Sequence[Stage], sizes: Mapping[str, int], room: float | None) -> MemoryPlan:
-    """Let those components wait whose reading again costs least, so that every stage fits; all, where none does.
+def plan(
+    stages: Sequence[Stage], sizes: Mapping[str, int], room: float | None, tables: Mapping[str, int] | None = None
+) -> MemoryPlan:
+    """Let that wait whose reading again costs least, so that every stage fits; all, where nothing does.
 
     Args:
-        stages: of a usual call. sizes: component -> bytes a device. room: bytes for weights; None has all resident.
+        stages: of a usual call.
+        sizes: component, or part of one, -> bytes a device; see `entries`.
+        room: bytes for weights and tables; None has all weights resident.
+        tables: value -> bytes, of tables that stages make, and of those that were too large to make.
     """
+    tables, made = tables or {}, {w for stage in stages for w in stage.writes}
+    in_step = tuple((name, size) for name, size in tables.items() if name not in made)
     choices = [c for n in range(len(sizes) + 1) for c in itertools.combinations(sizes, n)]
     choices.sort(key=lambda names: sum(sizes[name] for name in names))
-    least, limit = _peak(follow(stages, sizes, tuple(sizes))), None if room is None else int(room)
-    made = lambda names: MemoryPlan(follow(stages, sizes, names), names, limit, least)
-    return next((p for p in map(made, choices) if p.fits), made(tuple(sizes)))
+    least, limit = _peak(follow(stages, sizes, tuple(sizes), tables)), None if room is None else int(room)
+    kept = lambda names: _merged([name for name in sizes if name not in names], sizes)
+    of = lambda names: MemoryPlan(follow(stages, sizes, names, tables), names, kept(names), limit, least, in_step)
+    return next((p for p in map(of, choices) if p.fits), of(tuple(sizes)))
 
 
-def follow(stages: Sequence[Stage], sizes: Mapping[str, int], waiting: Collection[str]) -> tuple[Resident, ...]:
-    """What is resident in each stage as the executor runs them: see `executor.Weights`."""
-    here = {name for name in sizes if name not in waiting}
-    out = []
+def entries(stages: Sequence[Stage], component: str) -> list[str]:
+    """What of a component comes and goes by itself: its parts where stages name them, else the whole."""
+    named = {name for stage in stages for name in stage.weights if name.startswith(parts.name(component, ""))}
+    return [parts.name(component, p) for p in (parts.MODULATION, parts.LOOP)] if named else [component]
+
+
+def follow(
+    stages: Sequence[Stage], sizes: Mapping[str, int], waiting: Collection[str],
+    tables: Mapping[str, int] | None = None,
+) -> tuple[Resident, ...]:  # fmt: skip
+    """What is resident in each stage as the executor runs them: see `executor.Weights`, `executor.Stage`."""
+    needed = lambda some: {n for n in sizes if any(parts.overlap(n, w) for s in some for w in s.weights)}
+    bytes_of = {**sizes, **(tables or {})}
+    here, out = set(sizes) - set(waiting), []
     for n, block in blocks(stages):
-        here |= {w for stage in block for w in stage.weights} & set(sizes)
-        held = tuple(c for c in sizes if c in here)
-        out += [Resident(stage.name, held, sum(sizes[c] for c in here)) for stage in block]
-        here -= set(waiting) - {w for later in stages[n:] for w in later.weights}
+        here |= needed(block) | {w for stage in block for w in stage.writes if w in (tables or {})}
+        held = tuple(name for name in bytes_of if name in here)
+        size = sum(bytes_of[name] for name in held)
+        out += [Resident(stage.name, _merged(held, sizes), size) for stage in block]
+        here -= set(waiting) - needed(stages[n:])
+        here -= {name for name in tables or {} if not any(name in later.reads for later in stages[n:])}
     return tuple(out)
+
+
+def _merged(names: Collection[str], known: Collection[str]) -> tuple[str, ...]:
+    """The names, with the component's in the place of its parts where none that is known is missing."""
+    of = lambda name: parts.parse(name)[0]
+    torn = {of(name) for name in set(known) - set(names)}
+    return tuple(dict.fromkeys(name if of(name) in torn else of(name) for name in names))
 
 
 def _peak(stages: Sequence[Resident]) -> int:

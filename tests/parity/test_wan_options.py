@@ -214,7 +214,8 @@ def test_parts_that_do_not_fit(folders, tmp_path, kind, name, fields, words):
 def test_inspect_tells_the_memory_plan_and_misfits(folders, tmp_path):
     run = lambda folder: CliRunner().invoke(main, ["inspect", str(folder), "--json"])
     told = json.loads(run(folders("t2v-experts")).stdout)
-    assert [s["stage"] for s in told["memory"]["stages"]][:4] == ["encode_text", "prepare", *EXPERTS]
+    stages = ["encode_text", "prepare", "modulate_high", "denoise_high", "modulate_low", "denoise_low"]
+    assert [s["stage"] for s in told["memory"]["stages"]][:6] == stages
     assert told["memory"]["least"] < told["memory"]["peak"] and told["problems"] == []
     assert "denoise_low" in CliRunner().invoke(main, ["inspect", str(folders("t2v-experts"))]).stdout
     broken = run(edited(folders, tmp_path, "t2v", "model_index.json", boundary_ratio=0.5))
@@ -228,13 +229,14 @@ def test_experts_and_encoder_take_turns(folders, monkeypatch):
     opened = open_model(folders("t2v-experts"))
     monkeypatch.setattr(memory, "room", lambda activations: opened.memory(dtype="float32", room=0).least)
     pipe = opened.pipeline(dtype="float32")
-    assert {"transformer", "transformer_2"} <= pipe.weights.waiting.keys()
+    turns = [f"{n}/{part}" for n in EXPERTS.values() for part in ("modulation", "loop")]
+    assert set(turns) <= pipe.weights.waiting.keys()
     seen, read = [], pipe.weights.waiting
-    for name in EXPERTS.values():
+    for name in turns:
         read[name] = lambda name=name, make=read[name]: (seen.append((name, set(pipe.weights.resident))), make())[1]
     assert np.array_equal(pipe("a cat", **call).latents, want)
-    assert [name for name, _ in seen] == list(EXPERTS.values())
-    assert all(not {"transformer", "transformer_2"} & here for _, here in seen)
+    assert [name for name, _ in seen] == turns  # each made its table, let go, and its loop
+    assert all(not set(turns) & here for _, here in seen)
 
 
 # ------------------------------------------------------------------------------------------------- layouts
