@@ -40,6 +40,7 @@ def jdit_work(what: str, tiny: bool) -> harness.Work:
     from flax import nnx
 
     from jdit import sampling, zoo
+    from jdit.nn import parts
     from jdit.nn.mmdit import MMDiT
     from jdit.nn.vae.autoencoder_kl import AutoencoderKL
     from jdit.pipeline import executor, sd3
@@ -63,8 +64,10 @@ def jdit_work(what: str, tiny: bool) -> harness.Work:
         states = jax.random.normal(key, (2, text_tokens, cfg.joint_dim), jnp.bfloat16)
         text = Text(states, jax.random.normal(key, (2, cfg.pooled_dim), jnp.bfloat16))
         table = sampling.from_config(variant.scheduler, STEPS)
-        denoise = executor.compiled(sd3.denoise, (7,))
-        call = lambda: denoise(transformer, latents, text, table, jnp.float32(4.5), None, None, False)
+        modulate, denoise = executor.compiled(sd3.modulate), executor.compiled(sd3.denoise, (8,))
+        rest, scale = (None, None, False), jnp.float32(4.5)
+        of_time, loop = (parts.take(transformer, p) for p in (parts.MODULATION, parts.LOOP))
+        call = lambda: denoise(loop, latents, text, modulate(of_time, text, table), table, scale, *rest)
 
     return harness.jax_work(call, tiny, 1 if what == "vae" else STEPS)
 
