@@ -75,7 +75,9 @@ def convert(src, dst, dtype, only, check, to, overwrite, parts):
 @click.argument("src")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--part", "parts", multiple=True, metavar="NAME=PATH", help="Take a component from elsewhere.")
-def inspect(src, as_json, parts):
+@click.option("--room", type=click.FloatRange(min=0), metavar="GB",
+              help="Plan for so much memory of a device for weights.  [default: what this one has]")  # fmt: skip
+def inspect(src, as_json, parts, room):
     """Tell what a checkpoint is: family, variant, components, sizes, dtypes. Exit code 2 if it has problems."""
     import_jax()
     from convert.inspect import inspect as look
@@ -85,7 +87,8 @@ def inspect(src, as_json, parts):
         from jdit.load import open_model
 
         try:
-            found["memory"] = open_model(src, parts=parts_of(parts)).memory().describe()
+            space = None if room is None else 1e9 * room
+            found["memory"] = open_model(src, parts=parts_of(parts)).memory(room=space).describe()
         except ValueError as e:  # components that do not go together
             found["problems"].append(str(e))
     if as_json:

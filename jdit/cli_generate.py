@@ -100,8 +100,10 @@ def _mesh(text: str | None):
 @click.option("--dtype", type=click.Choice(["auto", "bfloat16", "float16", "float32"]), default="auto",
               show_default=True, help="auto: float32 on a CPU, bfloat16 elsewhere.")  # fmt: skip
 @click.option("--mesh", help="Devices, as data=2,sequence=4.")
+@click.option("--room", type=click.FloatRange(min=0), metavar="GB",
+              help="Memory of a device for weights; what does not fit is read when needed.  [default: all]")  # fmt: skip
 @click.option("--part", "parts", multiple=True, metavar="NAME=PATH", help="Take a component from elsewhere.")
-def generate(prompts, model, output, grid, fps, dtype, mesh, parts, **options):
+def generate(prompts, model, output, grid, fps, dtype, mesh, room, parts, **options):
     """Generate pictures or videos from prompts."""
     from jdit import media
 
@@ -119,7 +121,8 @@ def generate(prompts, model, output, grid, fps, dtype, mesh, parts, **options):
         output = _target(output, dry, arguments.get("num_frames"), fps, grid)
         chosen = dtype if dtype != "auto" else "float32" if jax.default_backend() == "cpu" else "bfloat16"
         on_component = lambda name: status.update(f"loading {name}")
-        pipe = opened.pipeline(mesh=_mesh(mesh), dtype=chosen, on_component=on_component)
+        space = None if room is None else 1e9 * room
+        pipe = opened.pipeline(mesh=_mesh(mesh), dtype=chosen, room=space, on_component=on_component)
     texts = list(prompts)
     if pipe.segmented(arguments) and output.suffix.lower() in media.MOVIES:
         written, timings = write_segments(pipe, texts, output, fps, **arguments)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from flax import nnx
 from rich.console import Console
 
@@ -171,6 +172,14 @@ def test_the_plan_says_that_a_table_would_be_too_large():
     out = io.StringIO()
     cli._print_memory(Console(file=out, width=200), found.describe())
     assert "no table of modulation: of all steps it would be 8.83 GB" in out.getvalue()
+
+
+def test_inspect_prints_the_parts():
+    run = lambda *more: CliRunner().invoke(cli.main, ["inspect", "fluent-image", *more]).stdout
+    lines = {line.split()[0]: line.split()[1:] for line in run("--room", "0.013").splitlines() if line}
+    assert lines["modulate"] == ["transformer/modulation,", "modulation", "7.68", "MB"]
+    assert lines["denoise"] == ["transformer/loop,", "modulation", "12.39", "MB"]
+    assert run().splitlines()[-1].startswith("memory: 25.34 MB of weights and tables at most, 12.39 MB if each waits")
 
 
 def test_parts_of_what_waits_or_is_resident():
