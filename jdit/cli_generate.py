@@ -101,7 +101,7 @@ def _mesh(text: str | None):
               show_default=True, help="auto: float32 on a CPU, bfloat16 elsewhere.")  # fmt: skip
 @click.option("--mesh", help="Devices, as data=2,sequence=4.")
 @click.option("--room", type=click.FloatRange(min=0), metavar="GB",
-              help="Memory of a device for weights; what does not fit is read when needed.  [default: all]")  # fmt: skip
+              help="Memory of a device for weights; what does not fit is read when used.  [default: all]")  # fmt: skip
 @click.option("--part", "parts", multiple=True, metavar="NAME=PATH", help="Take a component from elsewhere.")
 def generate(prompts, model, output, grid, fps, dtype, mesh, room, parts, **options):
     """Generate pictures or videos from prompts."""
