@@ -18,13 +18,10 @@ from jdit import sharding
 
 pytestmark = pytest.mark.torch
 
-PUBLISHED = {  # what transformer/config.json of each release adds to BASE
-    "Qwen/Qwen-Image": {},
-    "Qwen/Qwen-Image-2512": dict(zero_cond_t=False),
-    "Qwen/Qwen-Image-Edit": {},
-    "Qwen/Qwen-Image-Edit-2509": {},
-    "Qwen/Qwen-Image-Edit-2511": dict(zero_cond_t=True),
-    "Qwen/Qwen-Image-Layered": dict(zero_cond_t=False, use_additional_t_cond=True, use_layer3d_rope=True),
+PUBLISHED = {  # what transformer/config.json of a release adds to BASE; 2512, Edit and Edit-2509 are as the first
+    "Qwen-Image": {},
+    "Qwen-Image-Edit-2511": dict(zero_cond_t=True),
+    "Qwen-Image-Layered": dict(zero_cond_t=False, use_additional_t_cond=True, use_layer3d_rope=True),
 }
 BASE = dict(
     attention_head_dim=128, axes_dims_rope=[16, 56, 56], guidance_embeds=False, in_channels=64,
@@ -45,7 +42,7 @@ def test_releases_at_full_size(release):
     assert qwen_image.original_config(shapes | ({qwen_image.ZERO_COND_T: (0,)} if cfg.zero_cond_t else {})) == cfg
     batch = lambda *shape: jax.ShapeDtypeStruct((2, *shape), np.float32)
     x = batch(5, 80, 80, 16) if cfg.layered else batch(166, 166, 16)
-    pictures = () if release in ("Qwen/Qwen-Image", "Qwen/Qwen-Image-2512") else (batch(80, 80, 16),)
+    pictures = () if release == "Qwen-Image" else (batch(80, 80, 16),)
     call = lambda x, t, text, n, given: component.make(cfg)()(x, t, text, text_lengths=n, pictures=given)
     out = jax.eval_shape(call, x, batch(), batch(300, 3584), jax.ShapeDtypeStruct((2,), np.int32), pictures)
     assert out.shape == x.shape
