@@ -7,7 +7,7 @@ from typing import Any
 from convert import autoencoder_kl as kl
 from convert import autoencoder_kl_cogvideox as cogvideox_vae
 from convert import autoencoder_kl_wan as wan_vae
-from convert import clip, clip_vision, cogvideox, qwen2_5_vl, sd3, t5, wan, wan_animate
+from convert import clip, clip_vision, cogvideox, qwen2_5_vl, qwen_image, sd3, t5, wan, wan_animate
 from convert.component import Component
 from convert.families import cogvideox as cogvideox_family
 from convert.families import sd3 as sd3_family
@@ -18,6 +18,7 @@ from convert.layout import Signature
 from convert.table import Rule
 from jdit.nn.cogvideox import CogVideoX
 from jdit.nn.mmdit import MMDiT
+from jdit.nn.qwen_image import QwenImage
 from jdit.nn.text.clip import CLIPText
 from jdit.nn.text.qwen2_5_vl import Qwen2_5VL
 from jdit.nn.text.t5 import T5
@@ -71,6 +72,7 @@ COMPONENTS: dict[str, Component] = {
             cogvideox_vae.rules,
         ),
         Component(cogvideox.CLASS, CogVideoX, cogvideox.config, cogvideox.upstream_config, cogvideox.rules),
+        Component(qwen_image.CLASS, QwenImage, qwen_image.config, qwen_image.upstream_config, qwen_image.rules),
     )
 }  # fmt: skip
 """Upstream class -> component."""

@@ -8,6 +8,7 @@ from flax import nnx
 
 from jdit.nn.cogvideox import CogVideoX, CogVideoXConfig
 from jdit.nn.mmdit import MMDiT, MMDiTConfig
+from jdit.nn.qwen_image import QwenImage, QwenImageConfig
 from jdit.nn.text.clip import CLIPText, CLIPTextConfig
 from jdit.nn.text.qwen2_5_vl import Qwen2_5VL, Qwen2_5VLConfig
 from jdit.nn.text.t5 import T5, T5Config
@@ -46,6 +47,7 @@ MODULES: dict[type, type[nnx.Module]] = {
     WanConfig: Wan,
     WanAnimateConfig: WanAnimate,
     CogVideoXConfig: CogVideoX,
+    QwenImageConfig: QwenImage,
     AutoencoderKLCogVideoXConfig: AutoencoderKLCogVideoX,
 }
 
