@@ -6,6 +6,7 @@ from typing import Any
 
 from convert import autoencoder_kl as kl
 from convert import autoencoder_kl_cogvideox as cogvideox_vae
+from convert import autoencoder_kl_qwen_image as qwen_vae
 from convert import autoencoder_kl_wan as wan_vae
 from convert import clip, clip_vision, cogvideox, qwen2_5_vl, sd3, t5, wan, wan_animate
 from convert.component import Component
@@ -23,6 +24,7 @@ from jdit.nn.text.qwen2_5_vl import Qwen2_5VL
 from jdit.nn.text.t5 import T5
 from jdit.nn.vae.autoencoder_kl import AutoencoderKL
 from jdit.nn.vae.autoencoder_kl_cogvideox import AutoencoderKLCogVideoX
+from jdit.nn.vae.autoencoder_kl_qwen_image import AutoencoderKLQwenImage
 from jdit.nn.vae.autoencoder_kl_wan import AutoencoderKLWan
 from jdit.nn.vision.clip import CLIPVision
 from jdit.nn.wan import Wan
@@ -69,6 +71,9 @@ COMPONENTS: dict[str, Component] = {
         Component(
             cogvideox_vae.CLASS, AutoencoderKLCogVideoX, cogvideox_vae.config, cogvideox_vae.upstream_config,
             cogvideox_vae.rules,
+        ),
+        Component(
+            qwen_vae.CLASS, AutoencoderKLQwenImage, qwen_vae.config, qwen_vae.upstream_config, qwen_vae.rules
         ),
         Component(cogvideox.CLASS, CogVideoX, cogvideox.config, cogvideox.upstream_config, cogvideox.rules),
     )

@@ -14,6 +14,7 @@ from jdit.nn.text.t5 import T5, T5Config
 from jdit.nn.vae.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from jdit.nn.vae.autoencoder_kl_cogvideox import AutoencoderKLCogVideoX
 from jdit.nn.vae.autoencoder_kl_cogvideox_config import AutoencoderKLCogVideoXConfig
+from jdit.nn.vae.autoencoder_kl_qwen_image import AutoencoderKLQwenImage, AutoencoderKLQwenImageConfig
 from jdit.nn.vae.autoencoder_kl_wan import AutoencoderKLWan
 from jdit.nn.vae.autoencoder_kl_wan_config import MEAN_22, STD_22, AutoencoderKLWanConfig
 from jdit.nn.vision.clip import CLIPVision, CLIPVisionConfig
@@ -47,6 +48,7 @@ MODULES: dict[type, type[nnx.Module]] = {
     WanAnimateConfig: WanAnimate,
     CogVideoXConfig: CogVideoX,
     AutoencoderKLCogVideoXConfig: AutoencoderKLCogVideoX,
+    AutoencoderKLQwenImageConfig: AutoencoderKLQwenImage,
 }
 
 _FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
