@@ -1,7 +1,7 @@
 """MMDiT, the transformer of Stable Diffusion 3 and 3.5 (arXiv 2403.03206; upstream transformer_sd3.py).
 
 Legend: B batch, H W latent rows and columns, C latent channels, N image tokens, L context tokens, D width, S steps,
-P pooled text width. Two streams, image and context, have their own weights and meet in attention.
+P pooled text width.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from jdit.nn import layers
-from jdit.nn.attention import attend
+from jdit.nn.joint import JointBlock, modulation_rows
 from jdit.nn.patch import crop_centre, patchify, sincos_2d, unpatchify
 from jdit.sharding import Rules, shard
 
@@ -80,98 +80,6 @@ class Modulation(NamedTuple):
     final: Float[Array, "B 2 D"]
 
 
-class Stream(nnx.Module):
-    """One stream's share of a block: modulation, queries/keys/values, and (unless `ends`) output and MLP."""
-
-    def __init__(self, cfg: MMDiTConfig, parts: int, *, ends: bool = False, rngs: nnx.Rngs):
-        d = cfg.width
-        kw: dict[str, Any] = dict(dtype=cfg.dtype, rngs=rngs)
-        self.mod = layers.fused_linear(d, parts, d, (None, "mlp"), **kw)
-        self.attn = SelfAttention(cfg, out=not ends, rngs=rngs)
-        self.mlp = None if ends else layers.Mlp(d, 4 * d, layers.gelu_tanh, **kw)
-
-    def feed_forward(self, x, shift, scale, gate):
-        assert self.mlp is not None, "this stream ends at attention"
-        return _add(x, self.mlp(layers.modulate(x, shift, scale)), gate)
-
-
-class SelfAttention(nnx.Module):
-    """Projections of one attention: fused q, k, v, optional norms a head, output."""
-
-    def __init__(self, cfg: MMDiTConfig, *, out: bool = True, rngs: nnx.Rngs):
-        self.cfg = cfg
-        d = cfg.width
-        kw: dict[str, Any] = dict(dtype=cfg.dtype, rngs=rngs)
-        norm = lambda: layers.RMSNorm(cfg.head_dim, eps=1e-6, dtype=cfg.dtype) if cfg.qk_norm else None
-        self.qkv = layers.fused_linear(d, 3, d, ("embed", "heads"), **kw)
-        self.norm_q, self.norm_k = norm(), norm()
-        self.out = layers.linear(d, d, ("heads", "embed"), **kw) if out else None
-
-    def project(self, x: Float[Array, "B N D"]) -> list[Float[Array, "B N heads K"]]:
-        cfg = self.cfg
-        qkv = self.qkv(x)
-        q, k, v = (qkv[:, :, i].reshape(*x.shape[:2], cfg.heads, cfg.head_dim) for i in range(3))
-        if self.norm_q is not None and self.norm_k is not None:
-            q, k = self.norm_q(q), self.norm_k(k)
-        return [q, k, v]
-
-    def merge(self, x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
-        """Heads, side by side, to the output."""
-        assert self.out is not None, "nobody reads this stream's attention"
-        return self.out(x)
-
-
-class JointBlock(nnx.Module):
-    """A block of both streams (figure 2b of the paper); `dual` adds image-only attention, `last` drops the context."""
-
-    def __init__(self, cfg: MMDiTConfig, dual: bool, last: bool, *, rngs: nnx.Rngs):
-        self.cfg, self.last = cfg, last
-        self.image = Stream(cfg, 9 if dual else 6, rngs=rngs)
-        self.context = Stream(cfg, 2 if last else 6, ends=last, rngs=rngs)
-        self.attn2 = SelfAttention(cfg, rngs=rngs) if dual else None
-
-    def __call__(self, x, c, mod_x, mod_c, key_counts=None):
-        cfg, n = self.cfg, x.shape[1]
-        mx, mc = (jnp.moveaxis(m, -2, 0) for m in (mod_x, mod_c))
-        with jax.named_scope("joint_attention"):
-            image = self.image.attn.project(layers.modulate(x, mx[0], mx[1]))
-            context = self.context.attn.project(layers.modulate(c, mc[0], mc[1]))
-            if self.last:  # nobody reads the context's output
-                context[0] = context[0][:, :0]
-            # norms carry the joining of q and k along, v comes as it is
-            joins = (_join if cfg.qk_norm is None else _concatenate,) * 2 + (_join,)
-            pairs = (join(*pair) for join, *pair in zip(joins, image, context))
-            joint = attend(*pairs, rules=cfg.rules, key_counts=key_counts)
-        before = x
-        x = _add(x, self.image.attn.merge(joint[:, :n]), mx[2])
-        if self.attn2 is not None:
-            with jax.named_scope("dual_attention"):
-                second = attend(*self.attn2.project(layers.modulate(before, mx[6], mx[7])), rules=cfg.rules)
-                x = _add(x, self.attn2.merge(second), mx[8])
-        with jax.named_scope("mlp"):
-            x = self.image.feed_forward(x, *mx[3:6])
-            if not self.last:
-                c = self.context.feed_forward(_add(c, self.context.attn.merge(joint[:, n:]), mc[2]), *mc[3:6])
-        return shard(x, "batch", "seq", "width", rules=cfg.rules), shard(c, "batch", "seq", "width", rules=cfg.rules)
-
-
-def _concatenate(image, context):
-    return jnp.concatenate([image, context], 1)
-
-
-def _join(image, context):
-    """`_concatenate` as a selection. XLA's own kernel for a concatenation handles one element a thread: 96 us where a
-    loop over the result takes 28 (v of SD3.5-large at 1024 px on an H200)."""
-    n, m = image.shape[1], context.shape[1]
-    ends = lambda before, after: ((0, 0), (before, after), (0, 0), (0, 0))
-    first = jnp.arange(n + m)[:, None, None] < n
-    return jnp.where(first, jnp.pad(image, ends(0, m)), jnp.pad(context, ends(n, 0)))
-
-
-def _add(x, update, gate):
-    return (x + gate[:, None] * update).astype(x.dtype)
-
-
 class MMDiT(nnx.Module):
     """The whole network: latents and text to the flow velocity (noise minus data)."""
 
@@ -203,11 +111,9 @@ class MMDiT(nnx.Module):
         """
         emb = self.time(layers.timestep_embedding(t, 256)).astype(jnp.float32) + self.pooled(pooled)
         emb = nnx.silu(emb).astype(self.cfg.dtype)
-        # layer by layer: all layers' products at once would hold every float32 result and kernel copy together
-        each = lambda blocks, name: jax.lax.map(lambda b: layers.dense32(getattr(b, name).mod, emb), blocks)
         return Modulation(
-            tuple(each(b, "image") for b in self.blocks),
-            tuple(each(b, "context") for b in self.blocks),
+            tuple(modulation_rows(b, lambda block: block.image, emb) for b in self.blocks),
+            tuple(modulation_rows(b, lambda block: block.context, emb) for b in self.blocks),
             layers.dense32(self.final_mod, emb),
         )
 
@@ -257,5 +163,5 @@ class MMDiT(nnx.Module):
 
 
 def _run(block: JointBlock, carry, image, text, off, *, counts):
-    call = lambda xc: block(xc[0], xc[1], image, text, counts)
+    call = lambda xc: block(*xc, image[:, None], text[:, None], key_counts=counts)
     return call(carry) if off is None else jax.lax.cond(off, lambda xc: xc, call, carry)
