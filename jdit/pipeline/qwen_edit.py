@@ -2,8 +2,8 @@
 pipeline_qwenimage_edit_plus.py, pipeline_qwenimage_edit_inpaint.py).
 
 A picture goes two ways: through the vision tower into the prompt, and through the autoencoder to the transformer, which
-sees its latents beside the noise. It is brought to about a million pixels in its own proportions, which are those of the
-result, so that the same place in both has the same position and nothing shifts or zooms.
+sees its latents beside the noise. It is brought to about a million pixels in its own proportions, which are those of
+the result, so that the same place in both has the same position and nothing shifts or zooms.
 """
 
 from collections.abc import Mapping, Sequence
@@ -71,10 +71,12 @@ class QwenImageEditing(QwenImageGeneration):
         Raises:
             ValueError: naming the nearest sizes that work, or the only one where a part of the picture is kept.
         """
-        own = area_size(*self.pictures(given["image"])[-1].shape[:2], AREA)
+        own = _size(self.pictures(given["image"])[-1], AREA)
         size = self.size(or_(given.get("height"), own[0]), or_(given.get("width"), own[1]))
         if given.get("mask") is not None and size != own:
-            raise ValueError(f"{size[0]} x {size[1]} pixels; with mask the result is {own[0]} x {own[1]}, as the picture")
+            raise ValueError(
+                f"{size[0]} x {size[1]} pixels; with mask the result is {own[0]} x {own[1]}, as the picture"
+            )
         return size
 
     def check(self, **arguments: Any):
@@ -155,4 +157,9 @@ def _processor(parts: base.Parts) -> QwenImageProcessor:
 
 
 def _brought_to(picture: np.ndarray, area: int) -> np.ndarray:
-    return media.resize(picture, *area_size(*picture.shape[:2], area))
+    return media.resize(picture, *_size(picture, area))
+
+
+def _size(picture: np.ndarray, area: int) -> tuple[int, int]:
+    height, width, _ = picture.shape
+    return area_size(height, width, area)
