@@ -91,7 +91,7 @@ class JointBlock(nnx.Module):
         mod_x: Float[Array, "B M n D"],
         mod_c: Float[Array, "B 1 m D"],
         *,
-        first: int | None = None,
+        first: int = 0,
         rope: Rope | None = None,
         kv_lengths: Int[Array, "B"] | None = None,
         key_counts: Float[Array, "N+L"] | None = None,
@@ -99,8 +99,8 @@ class JointBlock(nnx.Module):
         """Both streams after the block.
 
         Args:
-            mod_x, mod_c: shifts, scales and gates. Where M is 2, the first row is of the `first` image tokens and the
-                second of the others.
+            mod_x, mod_c: shifts, scales and gates. Where M is 2, one row is for the `first` image tokens and the other
+                for the rest.
             rope: of the joined sequence, image before context, as `kv_lengths` and `key_counts` of `attention` are.
         """
         cfg, n = self.cfg, x.shape[1]

@@ -156,14 +156,16 @@ def silu(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return nnx.silu(x.astype(jnp.float32)).astype(x.dtype)
 
 
-def timestep_embedding(t: Float[Array, "*S"], dim: int, max_period: float = 10000.0) -> Float[Array, "*S dim"]:
+def timestep_embedding(
+    t: Float[Array, "*S"], dim: int, max_period: float = 10000.0, *, scale: Float[Array, ""] | float = 1.0
+) -> Float[Array, "*S dim"]:
     """Sinusoidal features [cos, sin] of timesteps (arXiv 1706.03762; the order that SD3 and its kin use), float32.
 
-    An odd `dim` ends in a zero.
+    An odd `dim` ends in a zero. `scale` is of the angles, for models that are told t / scale.
     """
     # host constants, rounded as torch rounds them: at t = 1000 one ulp of a frequency moves the cosine by 1e-4
     exponents = np.float32(-np.log(max_period)) * np.arange(dim // 2, dtype=np.float32) / np.float32(dim // 2)
-    angles = t.astype(jnp.float32)[..., None] * np.exp(exponents.astype(np.float64)).astype(np.float32)
+    angles = scale * (t.astype(jnp.float32)[..., None] * np.exp(exponents.astype(np.float64)).astype(np.float32))
     odd = [jnp.zeros_like(angles[..., :1])] * (dim % 2)
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles), *odd], -1)
 

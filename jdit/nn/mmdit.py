@@ -163,5 +163,5 @@ class MMDiT(nnx.Module):
 
 
 def _run(block: JointBlock, carry, image, text, off, *, counts):
-    call = lambda xc: block(*xc, image[:, None], text[:, None], key_counts=counts)
+    call = lambda xc: block(xc[0], xc[1], image[:, None], text[:, None], key_counts=counts)
     return call(carry) if off is None else jax.lax.cond(off, lambda xc: xc, call, carry)
