@@ -191,13 +191,16 @@ def misfits(
     component: str,
     arrays: Mapping[str, Stored],
     targets: Mapping[ParamPath, jax.ShapeDtypeStruct],
+    *,
+    partly: bool = False,
 ) -> list[str]:
-    """Leaves of a model that a component on disk lacks, has too many of, or has in another shape: a line each."""
+    """Leaves of a model that a component on disk lacks, has too many of (unless it is read `partly`), or has in another
+    shape: a line each."""
     root = Path(folder) / component
     want = {dotted(path): leaf for path, leaf in targets.items()}
     return [
         *(f"{root / p}: missing" for p in want if p not in arrays),
-        *(f"{root / p}: the model has no such parameter" for p in arrays if p not in want),
+        *(f"{root / p}: the model has no such parameter" for p in arrays if p not in want and not partly),
         *(
             f"{root / p}: shape {arrays[p].shape}, the model wants {tuple(leaf.shape)}"
             for p, leaf in want.items()
@@ -215,11 +218,16 @@ def _raise(problems: list[str], where: Path) -> None:
 
 
 def restore(
-    folder: str | os.PathLike, component: str, targets: Mapping[ParamPath, jax.ShapeDtypeStruct]
+    folder: str | os.PathLike,
+    component: str,
+    targets: Mapping[ParamPath, jax.ShapeDtypeStruct],
+    *,
+    partly: bool = False,
 ) -> dict[ParamPath, Array]:
     """Read one component straight into the shardings and dtypes of `targets` (see `sharding.abstract`).
 
-    Each device reads its own part. A target without a sharding goes to the default device.
+    Each device reads its own part. A target without a sharding goes to the default device. What is read `partly` may
+    have further leaves.
 
     Raises:
         CheckpointError: leaves missing, unknown or of another shape, files missing or cut: all at once.
@@ -227,7 +235,7 @@ def restore(
     import orbax.checkpoint as ocp
 
     root = Path(os.path.abspath(folder)) / component
-    _raise(misfits(folder, component, stored(folder, component), targets), root)
+    _raise(misfits(folder, component, stored(folder, component), targets, partly=partly), root)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     args = {
         path: ocp.ArrayRestoreArgs(
@@ -239,7 +247,9 @@ def restore(
     handler = _handler(restore_concurrent_gb=max(4, 2 * math.ceil(largest / 1e9)))
     try:
         with ocp.Checkpointer(handler) as checkpointer:
-            tree = checkpointer.restore(root, item=_nest(targets), restore_args=_nest(args))
+            # no transforms: leaves that are not among the targets are not read
+            how = {"transforms": {}} if partly else {}
+            tree = checkpointer.restore(root, item=_nest(targets), restore_args=_nest(args), **how)
     except (ValueError, OSError) as e:
         raise CheckpointError(f"{root} cannot be read: {str(e).splitlines()[0]}") from e
     return {path: _pick(tree, path) for path in targets}

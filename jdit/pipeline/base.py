@@ -149,6 +149,11 @@ class Pipeline:
         """What keeps the components of a source from working together: a line each."""
         return []
 
+    @classmethod
+    def reduced(cls, configs: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of the components of which a part is never run, as configs without it."""
+        return {}
+
     @property
     def needs(self) -> tuple[str, ...]:
         """The parts that a call's words and pictures go through."""

@@ -56,6 +56,11 @@ class QwenImageEditing(QwenImageGeneration):
             return [f"processor makes tokens of {factor} pixels a side, the text_encoder of {tower.factor}"]
         return []
 
+    @classmethod
+    def reduced(cls, configs: Mapping[str, Any]) -> dict[str, Any]:
+        """See the base class."""
+        return {}
+
     # ---- arguments
 
     def problems(self, given: Mapping[str, Any]) -> list[str]:

@@ -1,6 +1,7 @@
 """Qwen-Image: text to image, image to image and inpainting (upstream pipelines/qwenimage/pipeline_qwenimage.py,
 [_img2img.py, _inpaint.py]). Editing is in `qwen_edit`, the stages are in `qwen_stages`."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -83,6 +84,12 @@ class QwenImageGeneration(base.Pipeline):
         if "text_encoder" in c and (width := c["text_encoder"].language.width) != cfg.text_dim:
             out.append(f"transformer reads states of width {cfg.text_dim}, but those of the text_encoder have {width}")
         return out
+
+    @classmethod
+    def reduced(cls, configs: Mapping[str, Any]) -> dict[str, Any]:
+        """See the base class: no picture goes through the vision tower."""
+        encoder = configs.get("text_encoder")
+        return {"text_encoder": dataclasses.replace(encoder, vision=None)} if getattr(encoder, "vision", None) else {}
 
     # ---- arguments
 

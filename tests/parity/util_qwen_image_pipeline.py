@@ -40,7 +40,7 @@ PIPELINES = {
 
 
 class Processor:
-    """Qwen2_5_VLProcessor's work (its class needs torchvision): pictures, and a token for each of theirs in the text."""
+    """Qwen2_5_VLProcessor's work (its class needs torchvision): pictures, and a token for each of theirs in a text."""
 
     def __init__(self, tokenizer, image_processor):
         self.tokenizer, self.image_processor = tokenizer, image_processor
@@ -110,9 +110,9 @@ def saved(folder: Path, parts: dict) -> dict[str, Path]:
     return {name: folder / name for name in PIPELINES}
 
 
-def smaller(monkeypatch):
-    """Editing at a small size in both: the areas are those of `SIDE` in the place of 1024."""
-    share = (SIDE / 1024) ** 2
+def smaller(monkeypatch, side: int = SIDE):
+    """Editing at a small size in both: the areas are those of `side` in the place of 1024."""
+    share = (side / 1024) ** 2
     for module in (edit, plus):
         full = module.calculate_dimensions
         monkeypatch.setattr(module, "calculate_dimensions", lambda area, ratio, full=full: full(area * share, ratio))
