@@ -96,9 +96,14 @@ def rules(cfg: QwenImageConfig) -> list[Rule]:
     return table
 
 
+def marks(cfg: QwenImageConfig) -> tuple[str, ...]:
+    """Tensors of single files that say something by being there."""
+    return (ZERO_COND_T,) if cfg.zero_cond_t else ()
+
+
 def original_rules(cfg: QwenImageConfig) -> list[Rule]:
     """RULES of single files, keys without their prefix."""
-    return [*rules(cfg), *([Rule(ZERO_COND_T, None)] if cfg.zero_cond_t else [])]
+    return [*rules(cfg), *(Rule(mark, None) for mark in marks(cfg))]
 
 
 def original_config(

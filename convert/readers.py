@@ -1,7 +1,7 @@
 """PyTorch weights as one flat mapping from key to tensor: files, folders with or without an index, scaled float8."""
 
-import functools
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -43,7 +43,7 @@ class Reader:
         return {key: t.shape for key, t in self.tensors.items()}
 
     def read(self, key: str) -> np.ndarray:
-        """One tensor as stored (bfloat16 and float8 by ml_dtypes)."""
+        """One tensor as stored (bfloat16 and float8 by ml_dtypes); scaled float8 as float32."""
         return self.tensors[key].load()
 
     def sub(self, prefix: str, *others: str) -> "Reader":
@@ -65,7 +65,7 @@ class Reader:
 
 
 def _dequantised(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Scaled float8 (`X.weight` with `X.scale_weight` or `X.weight_scale`) as bfloat16.
+    """Scaled float8 (`X.weight` with `X.scale_weight` or `X.weight_scale`) as what it stands for.
 
     Scales of activations and the markers of the format carry no weight and are left out.
     """
@@ -75,11 +75,9 @@ def _dequantised(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         if last == "scaled_fp8":
             del out[key]
         elif last in ("scale_weight", "weight_scale") and (weight := f"{base}.weight") in tensors:
-            t = tensors[weight]
-            if t.dtype not in FLOAT8:
-                raise ConversionError(f"{t.file}: {weight}: {t.dtype} with a scale; only float8 weights may have one")
-            load = functools.partial(_scaled, t, tensors[key], weight)
-            out[weight] = t._replace(dtype=np.dtype(ml_dtypes.bfloat16), load=load)
+            if out[weight] is not tensors[weight]:
+                raise ConversionError(f"{tensors[key].file}: {key}: a second scale of {weight}")
+            out[weight] = _scaled(weight, tensors[weight], tensors[key])
             del out[key]
             for name in ("scale_input", "input_scale"):
                 out.pop(f"{base}.{name}", None)
@@ -91,14 +89,26 @@ def _dequantised(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def _scaled(weight: Tensor, scale: Tensor, key: str) -> np.ndarray:
-    w, s = weight.load().astype(np.float32), scale.load().astype(np.float32)
-    if s.size > 1:  # one scale a row
-        if s.size != w.shape[0]:
-            raise ConversionError(f"{scale.file}: {key}: scale of shape {s.shape} for a weight {w.shape}")
-        s = s.reshape(-1, *(1,) * (w.ndim - 1))
-    w *= s if s.ndim else s[()]
-    return w.astype(ml_dtypes.bfloat16)
+def _scaled(key: str, weight: Tensor, scale: Tensor) -> Tensor:
+    """A float8 weight times its scale, of one number or one a row.
+
+    Where dtypes are kept as stored it counts as bfloat16; its values come in float32, so that whatever dtype is asked
+    for is the only rounding. They are looked up by their bytes, twice as fast as a cast.
+    """
+    if weight.dtype not in FLOAT8:
+        raise ConversionError(f"{weight.file}: {key}: {weight.dtype} with a scale; only float8 weights may have one")
+    size = math.prod(scale.shape)
+    if size != 1 and not scale.shape[:1] == weight.shape[:1] == (size,):
+        shapes = f"a scale of {list(scale.shape)} for a weight of {list(weight.shape)}"
+        raise ConversionError(f"{scale.file}: {key}: {shapes}; one number and one a row are supported")
+
+    def load() -> np.ndarray:
+        values = np.arange(256, dtype=np.uint8).view(weight.dtype).astype(np.float32)
+        out = values[weight.load().view(np.uint8)]
+        out *= scale.load().astype(np.float32).reshape(-1, *(1,) * (out.ndim - 1))
+        return out
+
+    return weight._replace(dtype=np.dtype(ml_dtypes.bfloat16), load=load)
 
 
 # --- files and folders

@@ -1,6 +1,6 @@
-"""Architectures read off the shapes of original single files, which carry no config (SD3's encoders and autoencoder).
+"""Architectures read off the shapes of original single files, which carry no config (encoders, SD3's autoencoder).
 
-What shapes cannot tell (heads of 64, activations, the scale and shift of latents) is what all published files of the
+What shapes cannot tell (dims of a head, activations, the scale and shift of latents) is what all published files of the
 family share.
 """
 
@@ -8,11 +8,15 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 
+from convert.qwen2_5_vl import LANGUAGE, VISION
 from convert.table import ConversionError
 from jdit.nn.text.clip import LEGACY_EOS, CLIPTextConfig
+from jdit.nn.text.decoder import DecoderConfig
+from jdit.nn.text.qwen2_5_vl import Qwen2_5VLConfig
 from jdit.nn.text.t5 import T5Config
 from jdit.nn.vae.autoencoder_kl import AutoencoderKLConfig
 from jdit.nn.vision.clip import CLIPVisionConfig
+from jdit.nn.vision.qwen2_5_vl import Qwen2_5VisionConfig
 
 Shapes = Mapping[str, Sequence[int]]
 HEAD_DIM = 64
@@ -122,3 +126,30 @@ def vae_config(shapes: Shapes) -> AutoencoderKLConfig:
         quant_conv="quant_conv.weight" in shapes, post_quant_conv="post_quant_conv.weight" in shapes,
         mid_attention="encoder.mid.attn_1.q.weight" in shapes,
     )  # fmt: skip
+
+
+def qwen2_5_vl_config(shapes: Shapes) -> Qwen2_5VLConfig:
+    """Qwen2.5-VL by the keys of a file of its own, in any of transformers' namings, with or without its vision tower.
+
+    Raises:
+        ConversionError: a tensor that the architecture is read from is missing.
+    """
+    what, head_dim, vision_head = "Qwen2.5-VL encoder", 128, 80
+    prefix = next((p for p in LANGUAGE if f"{p}embed_tokens.weight" in shapes), LANGUAGE[0])
+    vocab, width = _need(shapes, f"{prefix}embed_tokens.weight", what)
+    rows = lambda name: _need(shapes, f"{prefix}layers.0.{name}_proj.weight", what)[0]
+    language = DecoderConfig(
+        vocab_size=vocab, width=width, mlp=rows("mlp.gate"), layers=_layers(shapes, f"{prefix}layers.{{i}}"),
+        heads=rows("self_attn.q") // head_dim, kv_heads=rows("self_attn.k") // head_dim,
+    )  # fmt: skip
+    prefix = next((p for p in VISION if f"{p}patch_embed.proj.weight" in shapes), None)
+    if prefix is None:
+        return Qwen2_5VLConfig(language, None)
+    inner, channels, frames, patch, _ = shapes[f"{prefix}patch_embed.proj.weight"]
+    merged = _need(shapes, f"{prefix}merger.mlp.0.weight", what)[1]
+    tower = Qwen2_5VisionConfig(
+        width=inner, mlp=_need(shapes, f"{prefix}blocks.0.mlp.gate_proj.weight", what)[0],
+        layers=_layers(shapes, f"{prefix}blocks.{{i}}"), heads=inner // vision_head, channels=channels, patch=patch,
+        frames=frames, merge=math.isqrt(merged // inner), out=_need(shapes, f"{prefix}merger.mlp.2.weight", what)[0],
+    )  # fmt: skip
+    return Qwen2_5VLConfig(language, tower)

@@ -8,12 +8,13 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from convert.readers import Reader
-from convert.table import Fill, Rule, Source, cast_dtype, common_dtype, fill, match, plan
+from convert.table import ConversionError, Fill, Rule, Source, cast_dtype, common_dtype, fill, match, summary
 from convert.write import LeafOnDisk
 from jdit.blocks import Leaf, block_rows
 from jdit.sharding import Path, dotted
@@ -51,14 +52,26 @@ class Digest:
         return hashlib.sha256("\n".join(f"{k} {v}" for k, v in sorted(self._tensors.items())).encode()).hexdigest()
 
 
+def _match(reader: Reader, rules: Sequence[Rule], targets: Targets) -> tuple[list[Fill], list[str]]:
+    fills, found = match(reader.keys(), rules, {dotted(p): leaf for p, leaf in targets.items()}, reader.where)
+    real = lambda dtype: jnp.issubdtype(dtype, jnp.floating)
+    for key in (s.key for f in fills if real(f.dtype) for s in f.sources):
+        if not real(own := reader.tensors[key].dtype):
+            what = f"{own} for a floating-point parameter (quantised weights are read in float8 alone)"
+            found.append(f"{reader.where(key)}: {key}: {what}")
+    return fills, found
+
+
 def _plan(reader: Reader, rules: Sequence[Rule], targets: Targets) -> list[tuple[Path, Fill]]:
-    fills = plan(reader.keys(), rules, {dotted(p): leaf for p, leaf in targets.items()}, reader.where)
+    fills, found = _match(reader, rules, targets)
+    if found:
+        raise ConversionError(summary(found))
     return list(zip(targets, fills, strict=True))
 
 
 def problems(reader: Reader, rules: Sequence[Rule], targets: Targets) -> list[str]:
     """Everything that keeps a checkpoint from filling a module, from the headers alone."""
-    return match(reader.keys(), rules, {dotted(p): leaf for p, leaf in targets.items()}, reader.where)[1]
+    return _match(reader, rules, targets)[1]
 
 
 def _stored_dtype(reader: Reader, f: Fill, dtype: DTypeLike | None, keep: Collection[str] = ()) -> np.dtype:

@@ -34,6 +34,10 @@ DAMAGE = {
         ("layers.0.up.weight: shape (8, 16) gives (16, 8), blocks.up.kernel wants (8, 16)",),
     ),
     "reshaped": (lambda s: s.update({"stem.weight": s["stem.weight"].reshape(-1)}), ("stem.weight: shape (288,)",)),
+    "quantised": (
+        lambda s: s.update({"layers.0.norm.bias": s["layers.0.norm.bias"].astype(np.int8)}),
+        ("layers.0.norm.bias: int8 for a floating-point parameter",),
+    ),
     "a row short": (lambda s: s.update({"stem.bias": s["stem.bias"][:-1]}), ("stem.bias: shape (7,)",)),
 }
 
@@ -66,7 +70,7 @@ def test_all_findings_come_in_one_error(tmp_path):
         stream.load_leaves(reader, toy.RULES, toy.targets())
     for _, parts in DAMAGE.values():
         assert all(p in str(e.value) for p in parts), e.value
-    assert str(e.value).startswith("9 problems:")
+    assert str(e.value).startswith("10 problems:")
 
 
 def test_a_file_that_shrinks_while_it_is_read_leaves_nothing(tmp_path):
@@ -91,6 +95,13 @@ def test_sources_of_a_scaled_float8_file_fit_the_same_table(tmp_path):
     reader = open_weights(toy.write(tmp_path, tensors))
     got = stream.load_leaves(reader, toy.RULES, toy.targets(ml_dtypes.bfloat16))["blocks", "up", "kernel"]
     assert np.abs(np.asarray(got, np.float32) - want).max() <= np.abs(want).max() / 16
+    kept = stream.convert_component(reader, toy.RULES, toy.targets())  # dtypes as stored
+    assert {str(leaf.dtype) for leaf in kept} == {"bfloat16"}
+    exact = tensors["layers.1.up.weight"].astype(np.float32).T / 8  # float32 is not rounded to bfloat16 on the way
+    tensors |= {f"layers.{i}.up.scale_weight": np.full(1, 0.123, np.float32) for i in range(toy.DEPTH)}
+    with open_weights(toy.write(tmp_path, tensors)) as reader:
+        got = stream.load_leaves(reader, toy.RULES, toy.targets(np.float32))["blocks", "up", "kernel"]
+    assert np.array_equal(got[1], exact * 8 * np.float32(0.123))
 
 
 def cache(root, repo: str, files: dict[str, str | dict]):

@@ -162,13 +162,25 @@ def test_scaled_float8(tmp_path):
     reader = open_weights(toy.write(tmp_path, tensors)).sub("m.")
     assert set(reader.keys()) == {"a.weight", "b.weight", "plain.weight", "c.bias"}
     assert reader.tensors["a.weight"].dtype == BF16
-    assert toy.same(reader.read("a.weight"), (f8.astype(np.float32) * s).astype(BF16))
-    assert toy.same(reader.read("b.weight"), (f8.astype(np.float32) * rows).astype(BF16))
+    assert toy.same(reader.read("a.weight"), f8.astype(np.float32) * s)
+    assert toy.same(reader.read("b.weight"), f8.astype(np.float32) * rows)
     assert toy.same(reader.read("plain.weight"), f8)
     file = toy.write(tmp_path, {"q.weight": f8, "q.comfy_quant": np.frombuffer(b'{"format": "int4"}', np.uint8)})
     fails(lambda: open_weights(file), file, "int4")
-    file = toy.write(tmp_path, {"q.weight": w, "q.scale_weight": s})
-    fails(lambda: open_weights(file), file, "q.weight", "float32")
+    for odd, parts in (
+        ({"q.weight": w, "q.scale_weight": s}, ("q.weight", "float32")),
+        (
+            {"q.weight": f8, "q.weight_scale": np.ones((3, 2), np.float32)},
+            ("q.weight", "[3, 2]", "[6, 4]", "one a row"),
+        ),
+        (
+            {"q.weight": f8, "q.weight_scale": np.ones((1, 6), np.float32)},
+            ("q.weight", "[1, 6]", "[6, 4]", "one a row"),
+        ),
+        ({"q.weight": f8, "q.weight_scale": s, "q.scale_weight": s}, ("second scale of q.weight",)),
+    ):
+        file = toy.write(tmp_path, odd)
+        fails(lambda file=file: open_weights(file), file, *parts)
 
 
 def test_prefixes(tmp_path):

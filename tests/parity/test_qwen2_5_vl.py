@@ -27,7 +27,7 @@ from util_text import error, load, names, randomise, run, write_back  # noqa: E4
 
 from convert import decoder as decoder_rules  # noqa: E402
 from convert import qwen2_5_vl as conv  # noqa: E402
-from convert import registry, table  # noqa: E402
+from convert import registry, single, table  # noqa: E402
 from jdit import sharding  # noqa: E402
 from jdit.nn.text.decoder import Decoder, DecoderConfig, RopeScaling, decoder_rope  # noqa: E402
 from jdit.nn.text.qwen2_5_vl import Qwen2_5VL, Qwen2_5VLConfig, picture_positions  # noqa: E402
@@ -247,6 +247,7 @@ def test_published_config_and_size(vision):
     targets = {sharding.dotted(p): leaf for p, leaf in sharding.abstract(make)[1].items()}
     shapes = {k: tuple(v.shape) for k, v in model.state_dict().items()}
     assert not table.match(shapes, conv.rules(cfg), targets)[1]
+    assert single.qwen2_5_vl_config({k: v for k, v in shapes.items() if vision or ".visual." not in k}) == cfg
     if vision:
         picture, ids, at = (
             jnp.zeros((1, 364, 392, 3)),

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ LENGTHS = (9, 4)
 
 
 def transformer(*, seed: int = 1, **kw) -> QwenImageTransformer2DModel:
-    cfg = dict(
+    cfg: dict[str, Any] = dict(
         patch_size=2, in_channels=16, out_channels=4, num_layers=3, attention_head_dim=16, num_attention_heads=2,
         joint_attention_dim=24, axes_dims_rope=(4, 6, 6),
     )  # fmt: skip
