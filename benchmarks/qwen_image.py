@@ -1,8 +1,8 @@
 """Qwen-Image at full size (20B), random weights, bfloat16: jdit beside diffusers + torch.compile.
 
-    python benchmarks/qwen_image.py --out benchmarks/qwen_image_h100   every case; writes .json and .md, also if one fails
-    python benchmarks/qwen_image.py --only "step 1328,decode"          the cases that contain one of these texts
-    python benchmarks/qwen_image.py --tiny                             tiny models on any device: checks the script
+    python benchmarks/qwen_image.py --out benchmarks/qwen_image_h100  every case; writes .json and .md, also if one fails
+    python benchmarks/qwen_image.py --only "step 1328,decode"         the cases that contain one of these texts
+    python benchmarks/qwen_image.py --tiny                            tiny models on any device: checks the script
 
 `step SIZE` is a guided sampling run (Euler, STEPS steps) of a picture of SIZE x SIZE pixels on given text states, of
 TEXT tokens; a step is the run's time over STEPS, with modulation tables and solver. jdit has both predictions in one
