@@ -1,6 +1,6 @@
 """Qwen-Image at full size (20B), random weights, bfloat16: jdit beside diffusers + torch.compile.
 
-    python benchmarks/qwen_image.py --out benchmarks/qwen_image_h100  every case; writes .json and .md, also if one fails
+    python benchmarks/qwen_image.py --out benchmarks/qwen_image_h100  every case; writes .json and .md even if one fails
     python benchmarks/qwen_image.py --only "step 1328,decode"         the cases that contain one of these texts
     python benchmarks/qwen_image.py --tiny                            tiny models on any device: checks the script
 

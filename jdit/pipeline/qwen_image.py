@@ -89,7 +89,9 @@ class QwenImageGeneration(base.Pipeline):
     def reduced(cls, configs: Mapping[str, Any]) -> dict[str, Any]:
         """See the base class: no picture goes through the vision tower."""
         encoder = configs.get("text_encoder")
-        return {"text_encoder": dataclasses.replace(encoder, vision=None)} if getattr(encoder, "vision", None) else {}
+        if not isinstance(encoder, Qwen2_5VLConfig) or encoder.vision is None:
+            return {}
+        return {"text_encoder": dataclasses.replace(encoder, vision=None)}
 
     # ---- arguments
 

@@ -68,6 +68,19 @@ def test_text_to_image(parts, ours):
     assert error(plain, pixels) < 1e-4
 
 
+def test_bfloat16_is_as_close_as_torch(parts, folders):
+    packed, x = latents(2, 48, 80)
+    half = PIPELINES["QwenImagePipeline"].from_pretrained(folders["QwenImagePipeline"], torch_dtype=torch.bfloat16)
+    half.set_progress_bar_config(disable=True)
+    given = dict(negative_prompt=NEGATIVE, **SIZE, **THEIRS)
+    with torch.no_grad():
+        exact = unpacked(made(PIPELINES["QwenImagePipeline"], parts)(PROMPTS, latents=packed, **given).images, 48, 80)
+        torchs = unpacked(half(PROMPTS, latents=packed.bfloat16(), **given).images.float(), 48, 80)
+    pipe = jdit.load(folders["QwenImagePipeline"], dtype="bfloat16")
+    got = pipe(PROMPTS, negative_prompt=NEGATIVE, latents=x, **SIZE, **RUN).latents
+    assert error(got, exact) <= 1.2 * error(torchs, exact)
+
+
 def mode_and_noise(monkeypatch, module: str, x: torch.Tensor):
     """The reference draws noise and posterior sample from a generator: here its noise is ours, its sample the mode."""
     target = f"diffusers.pipelines.qwenimage.{module}"
