@@ -222,10 +222,12 @@ def _back(path: Path, dst: Path, to: str, dtype, only: set[str], overwrite: bool
             else:
                 index[n] = [None, None]
         if processor is not None:
-            (part / "image_processor").mkdir()
-            text = json.dumps(processor, indent=2) + "\n"
-            write_file(part / "image_processor" / "preprocessor_config.json", text)
-            index["image_processor"] = ["transformers", "CLIPImageProcessor"]
+            folder, upstream_class, tokenizer = family.processor
+            (part / folder).mkdir()
+            write_file(part / folder / "preprocessor_config.json", json.dumps(processor, indent=2) + "\n")
+            if tokenizer and tokenizer in meta.get("tokenizers", ()):
+                tokenizers.export(tokenizers.load(path / tokenizer), part / folder)
+            index[folder] = ["transformers", upstream_class]
         (part / "scheduler").mkdir()
         write_file(part / "scheduler" / "scheduler_config.json", json.dumps(meta["scheduler"], indent=2) + "\n")
         index["scheduler"] = ["diffusers", meta["scheduler"]["_class_name"]]

@@ -26,6 +26,18 @@ class Original(NamedTuple):
     release: str | None = None
 
 
+class Processor(NamedTuple):
+    """Where a diffusers folder has the settings of the image processor: a folder, the class that it is written back as,
+    and the tokenizer that this class keeps beside them."""
+
+    folder: str
+    upstream_class: str
+    tokenizer: str | None = None
+
+
+CLIP_PROCESSOR = Processor("image_processor", "CLIPImageProcessor")
+
+
 @dataclasses.dataclass(frozen=True)
 class Family:
     """A family as checkpoints show it.
@@ -44,6 +56,7 @@ class Family:
         ignored: prefixes of keys in single files that belong to no component.
         beside: component -> names of the files that hold it beside a release's main file.
         tokenizers_beside: tokenizer -> folders of original releases that hold it under another name.
+        processor: of pictures, where a pipeline has one.
         folders: folders of original releases whose transformer is not the first one -> the component that it is.
     """
 
@@ -60,4 +73,5 @@ class Family:
     ignored: tuple[str, ...] = ()
     beside: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     tokenizers_beside: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    processor: Processor = CLIP_PROCESSOR
     folders: Mapping[str, str] = dataclasses.field(default_factory=dict)

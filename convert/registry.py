@@ -6,10 +6,12 @@ from typing import Any
 
 from convert import autoencoder_kl as kl
 from convert import autoencoder_kl_cogvideox as cogvideox_vae
+from convert import autoencoder_kl_qwen_image as qwen_vae
 from convert import autoencoder_kl_wan as wan_vae
 from convert import clip, clip_vision, cogvideox, qwen2_5_vl, qwen_image, sd3, t5, wan, wan_animate
 from convert.component import Component
 from convert.families import cogvideox as cogvideox_family
+from convert.families import qwen_image as qwen_family
 from convert.families import sd3 as sd3_family
 from convert.families import wan as wan_family
 from convert.families import wan_animate as animate_family
@@ -24,6 +26,7 @@ from jdit.nn.text.qwen2_5_vl import Qwen2_5VL
 from jdit.nn.text.t5 import T5
 from jdit.nn.vae.autoencoder_kl import AutoencoderKL
 from jdit.nn.vae.autoencoder_kl_cogvideox import AutoencoderKLCogVideoX
+from jdit.nn.vae.autoencoder_kl_qwen_image import AutoencoderKLQwenImage
 from jdit.nn.vae.autoencoder_kl_wan import AutoencoderKLWan
 from jdit.nn.vision.clip import CLIPVision
 from jdit.nn.wan import Wan
@@ -71,6 +74,9 @@ COMPONENTS: dict[str, Component] = {
             cogvideox_vae.CLASS, AutoencoderKLCogVideoX, cogvideox_vae.config, cogvideox_vae.upstream_config,
             cogvideox_vae.rules,
         ),
+        Component(
+            qwen_vae.CLASS, AutoencoderKLQwenImage, qwen_vae.config, qwen_vae.upstream_config, qwen_vae.rules
+        ),
         Component(cogvideox.CLASS, CogVideoX, cogvideox.config, cogvideox.upstream_config, cogvideox.rules),
         Component(qwen_image.CLASS, QwenImage, qwen_image.config, qwen_image.upstream_config, qwen_image.rules),
     )
@@ -79,7 +85,8 @@ COMPONENTS: dict[str, Component] = {
 
 FAMILIES: dict[str, Family] = {
     "sd3": sd3_family.FAMILY, "wan": wan_family.FAMILY, "wan-animate": animate_family.FAMILY,
-    "cogvideox": cogvideox_family.FAMILY,
+    "cogvideox": cogvideox_family.FAMILY, "qwen-image": qwen_family.FAMILY, "qwen-image-edit": qwen_family.EDIT,
+    "qwen-image-edit-plus": qwen_family.EDIT_PLUS,
 }  # fmt: skip
 """Our name of a family -> what its checkpoints hold."""
 

@@ -102,7 +102,7 @@ def open_source(
         for name, cfg in names.complete({n: p.cfg for n, p in found.items()}).items():
             found[name].cfg = cfg if found[name].from_shapes else found[name].cfg
     configs = {n: p.cfg for n, p in found.items()}
-    variant = zoo.recognise(configs, f"{source} {path.name}")
+    variant = zoo.recognise(configs, f"{source} {path.name}", family)
     known = zoo.VARIANTS[variant] if variant else None
     scheduler = scheduler or dict(known.scheduler if known else names.scheduler)
     plan = plan or (known.plan if known else zoo.PLANS.get(family, Plan()))
@@ -110,13 +110,13 @@ def open_source(
         settings = {n: layout.config[n] for n in names.settings if layout.config.get(n) is not None}
     else:
         settings = (known.settings or {}) if known else names.guess(configs) if names.guess else {}
-    if processor := _image_processor(path):
+    if processor := _image_processor(path / names.processor.folder):
         settings = {**settings, "image_processor": processor}
     return Source(path, family, variant, found, tokens, scheduler, plan, dict(settings))
 
 
-def _image_processor(path: Path) -> dict[str, Any] | None:
-    places = [path / "image_processor" / n for n in ("preprocessor_config.json", "processor_config.json")]
+def _image_processor(folder: Path) -> dict[str, Any] | None:
+    places = [folder / n for n in ("preprocessor_config.json", "processor_config.json")]
     found = next((p for p in places if p.is_file()), None)
     if found is None:
         return None
@@ -144,7 +144,7 @@ def _open_pipeline(layout: Layout, elsewhere: set[str]):
     for name, (_, upstream_class) in components(layout.config).items():
         folder = layout.path / name
         try:
-            if name in elsewhere or name == "image_processor":
+            if name in elsewhere or name == names.processor.folder:
                 continue
             if name not in (*names.components, *names.tokenizers, "scheduler"):
                 log.warning("%s: %s (%s) is not used by %s", layout.path, name, upstream_class, family)

@@ -191,13 +191,16 @@ def misfits(
     component: str,
     arrays: Mapping[str, Stored],
     targets: Mapping[ParamPath, jax.ShapeDtypeStruct],
+    *,
+    partly: bool = False,
 ) -> list[str]:
-    """Leaves of a model that a component on disk lacks, has too many of, or has in another shape: a line each."""
+    """Leaves of a model that a component on disk lacks, has too many of (unless it is read `partly`), or has in another
+    shape: a line each."""
     root = Path(folder) / component
     want = {dotted(path): leaf for path, leaf in targets.items()}
     return [
         *(f"{root / p}: missing" for p in want if p not in arrays),
-        *(f"{root / p}: the model has no such parameter" for p in arrays if p not in want),
+        *(f"{root / p}: the model has no such parameter" for p in arrays if p not in want and not partly),
         *(
             f"{root / p}: shape {arrays[p].shape}, the model wants {tuple(leaf.shape)}"
             for p, leaf in want.items()
@@ -215,12 +218,17 @@ def _raise(problems: list[str], where: Path) -> None:
 
 
 def restore(
-    folder: str | os.PathLike, component: str, targets: Mapping[ParamPath, jax.ShapeDtypeStruct],
+    folder: str | os.PathLike,
+    component: str,
+    targets: Mapping[ParamPath, jax.ShapeDtypeStruct],
     only: Collection[ParamPath] | None = None,
-) -> dict[ParamPath, Array]:  # fmt: skip
+    *,
+    partly: bool = False,
+) -> dict[ParamPath, Array]:
     """Read one component straight into the shardings and dtypes of `targets` (see `sharding.abstract`), or `only` some.
 
-    Each device reads its own part. A target without a sharding goes to the default device.
+    Each device reads its own part. A target without a sharding goes to the default device. What is read `partly` may
+    have further leaves.
 
     Raises:
         CheckpointError: leaves missing, unknown or of another shape, files missing or cut: all at once.
@@ -228,11 +236,13 @@ def restore(
     import orbax.checkpoint as ocp
 
     root = Path(os.path.abspath(folder)) / component
-    _raise(misfits(folder, component, stored(folder, component), targets), root)
+    arrays = stored(folder, component)
+    _raise(misfits(folder, component, arrays, targets, partly=partly), root)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     wanted = [path for path in targets if only is None or path in only]
-    item = {path: leaf if path in wanted else ocp.PLACEHOLDER for path, leaf in targets.items()}
-    args = {
+    further = [tuple(name.split(".")) for name in arrays.keys() - {dotted(path) for path in targets}]
+    item = dict.fromkeys([*targets, *further], ocp.PLACEHOLDER) | {path: targets[path] for path in wanted}
+    args = {path: ocp.RestoreArgs() for path in further} | {
         path: ocp.ArrayRestoreArgs(
             restore_type=jax.Array, dtype=leaf.dtype, sharding=leaf.sharding or here, global_shape=tuple(leaf.shape)
         )

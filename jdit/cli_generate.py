@@ -19,6 +19,8 @@ Examples:
   jdit generate "a cat" "a dog" --grid -o sheet.png
   jdit generate "a cat" --model stabilityai/stable-diffusion-3.5-medium --dtype bfloat16
   jdit generate "a castle" --model DIR --image sketch.png --strength 0.7
+  jdit generate "a moon" --model DIR --image night.png --mask sky.png
+  jdit generate "the dog of picture 1 on the sofa of picture 2" --model DIR --image dog.png --image sofa.png
   jdit generate "a cat surfing" --model DIR --frames 81 --size 832x480 -o clip.mp4
   jdit generate "the cat jumps" --model DIR --image first.png --last-image last.png -o clip.mp4
   jdit generate "an oil painting" --model DIR --video clip.mp4 --strength 0.8 -o painted.mp4
@@ -73,14 +75,16 @@ def _mesh(text: str | None):
               help="[default: the checkpoint's]")  # fmt: skip
 @click.option("--seed", type=int, default=0, show_default=True, help="Output i takes seed + i.")
 @click.option("-n", "--num-outputs", type=click.IntRange(1), default=1, show_default=True, help="Results a prompt.")
-@click.option("--image", type=click.Path(path_type=Path), help="Start from this picture; a video's first frame.")
+@click.option("--image", multiple=True, type=click.Path(path_type=Path),
+              help="Start from this picture, or edit it (again for a second one); a video's first frame.")  # fmt: skip
 @click.option("--last-image", "last_image", type=click.Path(path_type=Path), help="A video's last frame.")
 @click.option("--video", type=click.Path(path_type=Path), help="Start from this video.")
 @click.option("--pose", "pose_video", type=click.Path(path_type=Path), help="Video of the poses that drive --image.")
 @click.option("--face", "face_video", type=click.Path(path_type=Path), help="Video of the face that drives --image.")
 @click.option("--background", "background_video", type=click.Path(path_type=Path),
               help="Video in which a figure is replaced by that of --image.")  # fmt: skip
-@click.option("--mask", "mask_video", type=click.Path(path_type=Path), help="Where it is: white is to be generated.")
+@click.option("--mask", type=click.Path(path_type=Path),
+              help="White where something new is to be: picture over --image, video over --background.")  # fmt: skip
 @click.option("--segment-frames", type=int, help="Frames of a segment, as 77.  [default: the model's]")
 @click.option("--overlap", "overlap_frames", type=int,
               help="Of those, how many repeat the end of the one before: 1 or 5.  [default: 1]")  # fmt: skip
@@ -117,6 +121,8 @@ def generate(prompts, model, output, grid, fps, dtype, mesh, room, parts, **opti
 
         opened = open_model(model, parts=parts_of(parts))
         dry = opened.dry()
+        if "mask" in arguments and "mask" not in dry.takes:
+            arguments["mask_video"] = arguments.pop("mask")
         dry.check(**arguments)
         output = _target(output, dry, arguments.get("num_frames"), fps, grid)
         chosen = dtype if dtype != "auto" else "float32" if jax.default_backend() == "cpu" else "bfloat16"
@@ -144,7 +150,9 @@ def _report(written: Sequence[Path], start: float, timings: Mapping[str, float])
     say(f"{', '.join(map(str, written))} in {time.perf_counter() - start:.1f} s ({spent})")
 
 
-def _arguments(*, size: tuple[int, int] | None, skip_layers: str | None, **options: Any) -> dict[str, Any]:
+def _arguments(
+    *, size: tuple[int, int] | None, skip_layers: str | None, image: Sequence[Path], **options: Any
+) -> dict[str, Any]:
     """What the options say, as arguments of the pipeline; pictures are read."""
     from jdit import media
 
@@ -160,7 +168,11 @@ def _arguments(*, size: tuple[int, int] | None, skip_layers: str | None, **optio
             raise click.BadParameter(
                 f"{skip_layers!r}: give layer numbers, as 7,8,9", param_hint="--skip-layers"
             ) from None
-    return arguments | {k: media.picture(arguments[k]) for k in ("image", "last_image") if k in arguments}
+    if pictures := [media.picture(path) for path in image]:
+        arguments["image"] = pictures if len(pictures) > 1 else pictures[0]
+    if "last_image" in arguments:
+        arguments["last_image"] = media.picture(arguments["last_image"])
+    return arguments
 
 
 def _target(output: Path | None, pipe, num_frames: int | None, fps: float | None, grid: bool) -> Path:

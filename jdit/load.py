@@ -167,16 +167,18 @@ def open_model(source: str | Path, *, parts: Mapping[str, str | Path] | None = N
 
 
 def _opened(source: Source, name: str | None) -> Opened:
-    def leaves(component: str, targets: dict, only: Collection) -> dict:
-        part = source.parts[component]
-        return stream.load_leaves(part.reader, part.rules, targets, only=only)
-
-    def problems(component: str, targets: dict) -> list[str]:
-        part = source.parts[component]
-        return stream.problems(part.reader, part.rules, targets)
-
     configs = {n: p.cfg for n, p in source.parts.items()}
     _check_components(source.path, configs, "; give parts={name: path}")
+    reduced = PIPELINES[source.family].reduced(configs)
+    rules = {n: registry.rules_of(reduced[n]) if n in reduced else p.rules for n, p in source.parts.items()}
+    configs |= reduced
+
+    def leaves(component: str, targets: dict, only: Collection) -> dict:
+        return stream.load_leaves(source.parts[component].reader, rules[component], targets, only=only)
+
+    def problems(component: str, targets: dict) -> list[str]:
+        return stream.problems(source.parts[component].reader, rules[component], targets)
+
     parts = Parts(
         source.family, name or source.variant, configs, source.tokenizers, source.scheduler, source.plan,
         source.settings,
@@ -213,14 +215,19 @@ def _opened_jdit(path: Path) -> Opened:
         raise checkpoint.CheckpointError(f"{path / checkpoint.META}: {type(e).__name__}: {e}") from None
     _check_components(path, configs)
     _check_fit(path, parts)
+    reduced = PIPELINES[family].reduced(configs)
+    parts = dataclasses.replace(parts, configs=configs | reduced)
 
     def problems(component: str, targets: dict) -> list[str]:
         try:
-            return checkpoint.misfits(path, component, checkpoint.stored(path, component), targets)
+            return checkpoint.misfits(
+                path, component, checkpoint.stored(path, component), targets, partly=component in reduced
+            )
         except checkpoint.CheckpointError as e:
             return [str(e)]
 
-    return Opened(parts, lambda name, targets, only: checkpoint.restore(path, name, targets, only), problems)
+    restore = lambda name, targets, only: checkpoint.restore(path, name, targets, only, partly=name in reduced)
+    return Opened(parts, restore, problems)
 
 
 class _Callable(types.ModuleType):

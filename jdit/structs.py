@@ -16,11 +16,13 @@ class Text(NamedTuple):
         states: per-token states that the transformer reads.
         pooled: one vector a prompt, None in families without.
         counts: token j stands for counts[j] equal tokens; None where each stands for itself.
+        lengths: tokens of each prompt, the others being padding; None where all count.
     """
 
     states: Float[Array, "B L J"]
     pooled: Float[Array, "B P"] | None = None
     counts: Float[Array, "L"] | None = None
+    lengths: Int[Array, "B"] | None = None
 
 
 class Prompt(NamedTuple):

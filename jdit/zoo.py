@@ -15,6 +15,7 @@ from jdit.nn.text.t5 import T5, T5Config
 from jdit.nn.vae.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from jdit.nn.vae.autoencoder_kl_cogvideox import AutoencoderKLCogVideoX
 from jdit.nn.vae.autoencoder_kl_cogvideox_config import AutoencoderKLCogVideoXConfig
+from jdit.nn.vae.autoencoder_kl_qwen_image import AutoencoderKLQwenImage, AutoencoderKLQwenImageConfig
 from jdit.nn.vae.autoencoder_kl_wan import AutoencoderKLWan
 from jdit.nn.vae.autoencoder_kl_wan_config import MEAN_22, STD_22, AutoencoderKLWanConfig
 from jdit.nn.vision.clip import CLIPVision, CLIPVisionConfig
@@ -49,6 +50,7 @@ MODULES: dict[type, type[nnx.Module]] = {
     CogVideoXConfig: CogVideoX,
     QwenImageConfig: QwenImage,
     AutoencoderKLCogVideoXConfig: AutoencoderKLCogVideoX,
+    AutoencoderKLQwenImageConfig: AutoencoderKLQwenImage,
 }
 
 _FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
@@ -71,6 +73,9 @@ PLANS = {
         steps=20, guidance=1.0, height=720, width=1280, max_text_tokens=512, fps=30.0, segment_frames=77,
     ),
     "cogvideox": Plan(steps=50, guidance=6.0, max_text_tokens=226),  # sizes and frames are in the transformer's config
+    "qwen-image": Plan(steps=50, guidance=4.0, max_text_tokens=512),
+    "qwen-image-edit": Plan(steps=50, guidance=4.0),  # the picture has the size
+    "qwen-image-edit-plus": Plan(steps=40, guidance=4.0),
 }  # fmt: skip
 """How a family's unknown variants are run; others as Plan() has it."""
 
@@ -184,6 +189,35 @@ _COGVIDEOX_VARIANTS = {
     ),
 }  # fmt: skip
 
+_QWEN_SCHEDULER = {
+    "_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 1.0,
+    "use_dynamic_shifting": True, "time_shift_type": "exponential", "base_image_seq_len": 256,
+    "max_image_seq_len": 8192, "base_shift": 0.5, "max_shift": 0.9, "shift_terminal": 0.02,
+}  # fmt: skip
+
+
+def _qwen(family: str, source: str, about: str, transformer: Any = None, **plan: Any) -> Variant:
+    components = {
+        "transformer": transformer or QwenImageConfig(), "vae": AutoencoderKLQwenImageConfig(),
+        "text_encoder": Qwen2_5VLConfig(),
+    }  # fmt: skip
+    return Variant(family, components, _QWEN_SCHEDULER, dataclasses.replace(PLANS[family], **plan), source, about)
+
+
+_QWEN_VARIANTS = {
+    "qwen-image": _qwen(
+        "qwen-image", "Qwen/Qwen-Image", "Qwen-Image, 20B", height=1328, width=1328,
+    ),
+    "qwen-image-edit": _qwen("qwen-image-edit", "Qwen/Qwen-Image-Edit", "Qwen-Image-Edit, one picture, 20B"),
+    "qwen-image-edit-2509": _qwen(
+        "qwen-image-edit-plus", "Qwen/Qwen-Image-Edit-2509", "Qwen-Image-Edit, several pictures, 20B",
+    ),
+    "qwen-image-edit-2511": _qwen(
+        "qwen-image-edit-plus", "Qwen/Qwen-Image-Edit-2511", "Qwen-Image-Edit, several pictures, 20B",
+        QwenImageConfig(zero_cond_t=True),
+    ),
+}  # fmt: skip
+
 VARIANTS: dict[str, Variant] = {
     "sd3-medium": Variant(
         "sd3", _sd3(_SD3), _FLOW, Plan(steps=28, guidance=7.0), "stabilityai/stable-diffusion-3-medium-diffusers",
@@ -204,6 +238,7 @@ VARIANTS: dict[str, Variant] = {
     **_WAN_VARIANTS,
     **_WAN_ANIMATE,
     **_COGVIDEOX_VARIANTS,
+    **_QWEN_VARIANTS,
 }  # fmt: skip
 
 BUNDLED: dict[str, Plan] = {"fluent-image": Plan(steps=20, guidance=4.0)}
@@ -215,10 +250,11 @@ DEFAULT = "fluent-image"
 MARKS = ("turbo", "720p")  # tell variants of one architecture apart
 
 
-def recognise(configs: dict[str, Any], name: str = "") -> str | None:
-    """The variant whose transformers have this architecture (placement, dtype aside); `name` decides between equals."""
+def recognise(configs: dict[str, Any], name: str = "", family: str | None = None) -> str | None:
+    """The variant whose transformers have this architecture (placement, dtype aside), of one family or of all; `name`
+    decides between equals."""
     plain = lambda cfg, like: None if cfg is None else dataclasses.replace(cfg, dtype=like.dtype, rules=like.rules)
     parts, marks = ("transformer", "transformer_2"), lambda text: {m for m in MARKS if m in text.lower()}
     like = lambda known: all(plain(configs.get(p), known["transformer"]) == known.get(p) for p in parts)
-    found = [v for v, known in VARIANTS.items() if like(known.components)]
+    found = [v for v, known in VARIANTS.items() if family in (None, known.family) and like(known.components)]
     return max((v for v in found if marks(v) <= marks(name)), key=lambda v: len(marks(v)), default=(found or [None])[0])

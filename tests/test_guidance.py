@@ -16,6 +16,7 @@ from jdit.sampling import (
     embedded,
     embedded_scale,
     guided,
+    keep_known,
     keep_norm,
     linear,
     one_batch,
@@ -283,6 +284,23 @@ def test_zero_init():
         jax.effects_barrier()
         assert sorted(seen) == sorted([*table.timestep[2:]] * 2)
         seen.clear()
+
+
+@pytest.mark.parametrize("config", [EULER, UNIPC])
+def test_known_parts_are_as_if_laid_over_every_step(config):
+    table, mask = sampling.from_config(config, 6), (np.arange(6) % 2 > 0)[:, None]
+    clean, first = noise(3), noise()
+    model = guided(separate(negative, positive), linear(3.0))
+    kept = keep_known(model, clean, mask, lambda row: row)
+    x = sampling.add_noise(clean, first, table)
+    steps = list(sampling.iterate(kept, x, table, per_step=(table.x0_x, table.x0_out)))
+    alpha, sigma = np.append(table.alpha[1:], 1), np.append(table.sigma[1:], 0)
+    for i, step in enumerate(steps):
+        level = alpha[i] * clean + sigma[i] * first
+        assert_close((1 - mask) * step.x, (1 - mask) * level, 1e-5)
+        if config is EULER:
+            x = np.where(mask, x + (sigma[i] - table.sigma[i]) * model(x, jnp.float32(table.timestep[i])), level)
+            assert_close(step.x, x, 1e-5)
 
 
 # Strengths

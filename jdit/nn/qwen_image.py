@@ -8,7 +8,7 @@ tokens, those of the given pictures last, L text tokens of width J, D width, K h
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -85,6 +85,8 @@ class Modulation(NamedTuple):
 
 class QwenImage(nnx.Module):
     """The whole network: latents, text and given pictures to the flow velocity (noise minus data)."""
+
+    modulation_weights: ClassVar = ("time.*", "kinds", "blocks.*.mod.*", "final_mod.*")  # see jdit.nn.parts
 
     def __init__(self, cfg: QwenImageConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg

@@ -127,8 +127,18 @@ class Pipeline:
         self.frames(arguments.get("num_frames"))
         for name in ("image", "last_image"):
             if arguments.get(name) is not None:
-                media.picture(arguments[name])
+                self.pictures(arguments[name])
         self.ready()
+
+    def pictures(self, given: Any) -> list[np.ndarray]:
+        """The pictures that an argument holds, read: one, but in families that take several.
+
+        Raises:
+            ValueError: more than one, or what `media.picture` refuses.
+        """
+        if isinstance(given, list | tuple):
+            raise ValueError(f"{self.parts.family} takes one picture in its place, not a list of {len(given)}")
+        return [media.picture(given)]
 
     def problems(self, given: Mapping[str, Any]) -> list[str]:
         """What is wrong with a family's own arguments, beyond single numbers: a line each."""
@@ -138,6 +148,11 @@ class Pipeline:
     def misfits(cls, parts: Parts) -> list[str]:
         """What keeps the components of a source from working together: a line each."""
         return []
+
+    @classmethod
+    def reduced(cls, configs: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of the components of which a part is never run, as configs without it."""
+        return {}
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -233,9 +248,10 @@ class Pipeline:
         return prompt
 
     def _table(
-        self, steps: int, *, shift=None, solver=None, tokens: int | None = None, begin: int = 0
+        self, steps: int, *, shift=None, solver=None, tokens: int | None = None, begin: int = 0, sigmas=None
     ) -> sampling.Table:
-        """The solver's table; `tokens` is what resolution-dependent shifts are computed from.
+        """The solver's table; `tokens` is what resolution-dependent shifts are computed from, `sigmas` what they are
+        applied to, None is the scheduler's own.
 
         Raises:
             ValueError: such a shift where the family has none (tokens is None); what `sampling.from_config` refuses.
@@ -246,4 +262,5 @@ class Pipeline:
         if dynamic and tokens is None:
             raise ValueError(f"use_dynamic_shifting={dynamic}: {self.parts.family} has no shift by size")
         mu = sampling.dynamic_mu(config, tokens or 0) if dynamic else None
-        return sampling.from_config(config, steps, mu=mu, shift=or_(shift, self.plan.shift), begin=begin)
+        shift = or_(shift, self.plan.shift)
+        return sampling.from_config(config, steps, mu=mu, shift=shift, begin=begin, sigmas=sigmas)

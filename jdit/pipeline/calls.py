@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array
 
 from jdit.nn.vae.tiling import one_at_a_time
-from jdit.structs import Output, Prompt
+from jdit.structs import Output, Prompt, Text
 
 Listener = Callable[[int, int], None]  # (done, of how many)
 
@@ -29,10 +29,9 @@ def both_texts(prompt, negative) -> tuple[list[str], int]:
     return (texts if negative is None else as_list(negative, "negative_prompt", count) + texts), count
 
 
-def halves(encoded: Any, count: int, negative: Any) -> Prompt:
-    """A Prompt of encoded `both_texts`; leaves whose first axis is not that of the texts are left whole."""
-    rows = count if negative is None else 2 * count
-    cut = lambda part: jax.tree.map(lambda a: a[part] if a.shape[0] == rows and a.ndim > 1 else a, encoded)
+def halves(encoded: Text, count: int, negative: Any) -> Prompt:
+    """A Prompt of encoded `both_texts`; their counts are of all prompts alike."""
+    cut = lambda part: Text(*(jax.tree.map(lambda a: a[part], f) for f in encoded))._replace(counts=encoded.counts)
     return Prompt(cut(slice(-count, None)), None if negative is None else cut(slice(0, count)))
 
 

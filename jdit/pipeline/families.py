@@ -2,10 +2,14 @@
 
 from jdit.pipeline.base import Pipeline
 from jdit.pipeline.cogvideox import CogVideoXVideo
+from jdit.pipeline.qwen_edit import QwenImageEditing, QwenImageEditingPlus
+from jdit.pipeline.qwen_image import QwenImageGeneration
 from jdit.pipeline.sd3 import StableDiffusion3
 from jdit.pipeline.wan import WanVideo
 from jdit.pipeline.wan_animate import WanAnimation
 
 PIPELINES: dict[str, type[Pipeline]] = {
     "sd3": StableDiffusion3, "wan": WanVideo, "wan-animate": WanAnimation, "cogvideox": CogVideoXVideo,
+    "qwen-image": QwenImageGeneration, "qwen-image-edit": QwenImageEditing,
+    "qwen-image-edit-plus": QwenImageEditingPlus,
 }  # fmt: skip

@@ -73,6 +73,7 @@ def prompt_ids(
     *,
     max_tokens: int | None = 1024,
     length: int | None = None,
+    multiple: int = 1,
 ) -> PromptIds:
     """Token ids of prompts.
 
@@ -83,6 +84,8 @@ def prompt_ids(
         grids: rows and columns of tokens of each picture (`QwenImageProcessor.grid`), the same for each prompt.
         max_tokens: of the text and the tail, pictures not counted; None for no limit (upstream's editing has none).
         length: columns of the result; None takes the longest row.
+        multiple: what remains of `length` None without the head is brought up to a multiple of this, so that prompts
+            of about one length are of one shape.
 
     Raises:
         ValueError: pictures that the template does not take, picture tokens spelled in a text, no room for text, no
@@ -115,8 +118,9 @@ def prompt_ids(
             ids = ids[:end] + tail
         rows.append(ids)
     lengths = np.array([len(r) for r in rows], np.int32)
-    columns = max(lengths, default=0) if length is None else length
-    if (longest := max(lengths, default=0)) > columns:
+    longest = int(max(lengths, default=0))
+    columns = longest + -(longest - template.drop) % multiple if length is None else length
+    if longest > columns:
         raise ValueError(f"a prompt has {longest} tokens with its template; length={length} is too short")
     if tokenizer.pad_id is None and (lengths < columns).any():
         raise ValueError("this tokenizer has no padding token")

@@ -194,6 +194,25 @@ def zero_init(model: Model | Stateful, active: Flag) -> Any:
     return _tied(wrapped, model)
 
 
+def keep_known(model: Model | Stateful, clean: Array, mask: Array, weights: Callable[..., tuple[Any, Any]]) -> Any:
+    """Inpainting: where `mask` is 0, the prediction that stands for the sample `clean`, which is known there.
+
+    A sample that begins as `add_noise` of the known one then stays on the way to it, so that after every step it is
+    the known sample at that step's noise level, as when it is laid over the result (pipeline_qwenimage_inpaint.py).
+
+    Args:
+        clean, mask: of the sample's shape, or such that they broadcast to it; 1 is to be generated.
+        weights: (a, b) of x0 = a x + b prediction, out of the row: `table.x0_x` and `table.x0_out`.
+    """
+
+    def wrapped(carries, x, t, *row):
+        out, carry = call(model, carries[0], x, t, *row)
+        a, b = weights(*row)
+        return jnp.where(mask > 0, _wide(out), (clean - a * x) / b), (carry,)
+
+    return _tied(wrapped, model)
+
+
 def embedded_scale(scale: Any, batch: int, dtype: Any = jnp.float32) -> Float[Array, "B"]:
     """What the guidance embedding of a distilled model is given, 1000 times the scale, in float32 but rounded as
     upstream does: the scale and the product to the compute dtype (transformer_flux.py, pipeline_hunyuan_video.py).
