@@ -271,6 +271,7 @@ def _to_original(meta, configs, stored, dst: Path, dtype, overwrite: bool, check
     tensors = []
     for n, cfg in configs.items():
         prefix, own = originals[n].prefix, write.outputs(stored[n], originals[n].rules(cfg), dtype, kept(cfg))
+        own += [write.empty(mark) for mark in originals[n].marks(cfg)] if originals[n].marks else []
         _warn_of_loss(n, cfg, originals[n].config, {t.key: t.shape for t in own})
         tensors += [t._replace(key=prefix + t.key) for t in own]
     write.write_tensors(dst, tensors, (lambda key: progress("write", 0, 1)) if progress else None)

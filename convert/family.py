@@ -16,6 +16,7 @@ class Original(NamedTuple):
         implied: (config, keys) -> tensors that such files leave out.
         release: `_class_name` of the config.json that releases have beside the weights; where it is there, `config`
             takes its content as `release=`.
+        marks: our config -> tensors that say something by being there, which are written empty.
     """
 
     upstream_class: str
@@ -24,6 +25,7 @@ class Original(NamedTuple):
     prefix: str
     implied: Any = None
     release: str | None = None
+    marks: Any = None
 
 
 class Processor(NamedTuple):

@@ -9,11 +9,12 @@ import os
 import struct
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from jax.typing import DTypeLike
 
+from convert import ops
 from convert.formats import DTYPES
 from convert.ops import Op
 from convert.table import ConversionError, Index, Rule, back, cast_dtype, dense, summary
@@ -48,6 +49,12 @@ class Out(NamedTuple):
 
     def load(self) -> np.ndarray:
         return dense(self.op.inverse(np.asarray(self.leaf[self.index or ...])), self.dtype)
+
+
+def empty(key: str) -> Out:
+    """A tensor without values."""
+    nothing: Any = np.zeros(0, np.float32)
+    return Out(key, nothing, (), ops.same, nothing.shape, nothing.dtype)
 
 
 def outputs(

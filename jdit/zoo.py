@@ -208,6 +208,9 @@ _QWEN_VARIANTS = {
     "qwen-image": _qwen(
         "qwen-image", "Qwen/Qwen-Image", "Qwen-Image, 20B", height=1328, width=1328,
     ),
+    "qwen-image-2512": _qwen(
+        "qwen-image", "Qwen/Qwen-Image-2512", "Qwen-Image of December 2025, 20B", height=1328, width=1328,
+    ),
     "qwen-image-edit": _qwen("qwen-image-edit", "Qwen/Qwen-Image-Edit", "Qwen-Image-Edit, one picture, 20B"),
     "qwen-image-edit-2509": _qwen(
         "qwen-image-edit-plus", "Qwen/Qwen-Image-Edit-2509", "Qwen-Image-Edit, several pictures, 20B",
@@ -247,7 +250,7 @@ BUNDLED: dict[str, Plan] = {"fluent-image": Plan(steps=20, guidance=4.0)}
 DEFAULT = "fluent-image"
 
 
-MARKS = ("turbo", "720p")  # tell variants of one architecture apart
+MARKS = ("turbo", "720p", "2512")  # tell variants of one architecture apart
 
 
 def recognise(configs: dict[str, Any], name: str = "", family: str | None = None) -> str | None:

@@ -32,11 +32,14 @@ FAMILY = Family(
     tokenizers={"tokenizer": "Qwen2Tokenizer"},
     scheduler=zoo.VARIANTS["qwen-image"].scheduler,
     originals={
-        "transformer": Original(qwen_image.CLASS, qwen_image.original_config, qwen_image.original_rules, _PREFIX),
+        "transformer": Original(
+            qwen_image.CLASS, qwen_image.original_config, qwen_image.original_rules, _PREFIX, marks=qwen_image.marks
+        ),
         "vae": Original(vae.CLASS, vae.original_config, vae.original_rules, "vae."),
         "text_encoder": Original(qwen2_5_vl.CLASS, single.qwen2_5_vl_config, qwen2_5_vl.rules, _TEXT),
     },
     signatures=_signatures("qwen-image"),
+    ignored=("text_encoders.qwen25_7b.logit_scale",),
     beside={
         "text_encoder": ("qwen_2.5_vl_7b.safetensors", "qwen_2.5_vl_7b_fp8_scaled.safetensors"),
         "vae": ("qwen_image_vae.safetensors",),

@@ -79,12 +79,14 @@ def test_single_file(model, prefix, tmp_path):
     assert np.array_equal(got["blocks.context.attn.qkv.kernel"][1, :, 1], want.T)
 
 
-def quantised(tensors: dict[str, torch.Tensor], rows: bool) -> tuple[dict, dict]:
+def quantised(
+    tensors: dict[str, torch.Tensor], rows: bool, blocks: tuple[str, ...] = ("transformer_blocks",)
+) -> tuple[dict, dict]:
     """Matrices of blocks in float8 with what goes with them, by tensor or by row; and what all of it stands for."""
     out, exact = {"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)} if not rows else {}, dict(tensors)
     for key, w in tensors.items():
         out[key] = w
-        if not key.startswith("transformer_blocks") or w.ndim < 2:
+        if not key.startswith(blocks) or w.ndim < 2:
             continue
         base = key.removesuffix(".weight")
         scale = (w.abs().amax(1, keepdim=True) if rows else w.abs().max()) / 448
