@@ -283,14 +283,15 @@ class CogVideoXVideo(base.Pipeline):
         return CogVideoX, self._cfg, modulation.spec(steps)
 
     def activations(self) -> float:
-        """See the base class; by count: about 28 bytes a token and width in the transformer (as Wan's), and eight
-        arrays of a batch of frames at full size in the autoencoder."""
+        """See the base class: about 28 bytes a token and width in the transformer (as Wan's), and sixteen arrays of a
+        batch of frames at full size in the autoencoder (benchmarks/cogvideox_h100.md: 2.6 GB where this gives 3.1, and
+        12.4 GB where this gives 12.7)."""
         cfg, vae, rows = self._cfg, self._vae, 2 if self.plan.guidance > 1 else 1
         (height, width), frames = self.size(), self.frames()
         latent = self._latent(frames) * height * width // vae.space_factor**2
         tokens = cfg.text_tokens + latent // math.prod(cfg.patch_3d)
         batch = (2 * vae.frame_factors[1] + 1) * height * width * vae.channels[0]
-        return max(rows * 28 * tokens * cfg.width, 8 * batch * np.dtype(jnp.dtype(vae.dtype)).itemsize)
+        return max(rows * 28 * tokens * cfg.width, 16 * batch * np.dtype(jnp.dtype(vae.dtype)).itemsize)
 
     def _latent(self, frames: int) -> int:
         """Latent frames of the noise: those of the video, and as many before them as fill the patches of 1.5."""
