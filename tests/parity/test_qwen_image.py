@@ -135,11 +135,12 @@ def test_parameter_count_and_way_back(models, kind, tmp_path):
 
 
 def test_bfloat16_is_as_close_as_torch(tmp_path):
-    """Root mean square over three draws of weights."""
+    """Root mean square over three draws of weights; at times that bfloat16 has, for torch rounds them, too."""
     errors = []
     for seed in range(3):
         model = util_qwen_image.saved(tmp_path, seed=seed, zero_cond_t=True, num_attention_heads=6)
         inputs = Inputs(model.config, given=1)
+        inputs.t = torch.tensor([875.0, 125.0])
         exact = inputs.theirs(model)
         got = inputs.ours(call, util_qwen_image.ported(tmp_path, "bfloat16"))
         half = QwenImageTransformer2DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
