@@ -92,7 +92,7 @@ def test_edit_and_convert(folders, here, small):
         found = json.loads(run("inspect", place, "--json").output)
         assert (found["layout"], found["family"], found["problems"]) == (layout, "qwen-image-edit-plus", [])
     images = ["--image", "0.png", "--image", "1.png"]
-    result = run("generate", "join them", "--model", "model", *images, "--steps", "1", "-o", "out.png")
+    result = run("generate", "join them", "--model", "model", *images, "--steps", "2", "-o", "out.png")
     assert result.exit_code == 0, result.output
     assert media.picture("out.png").shape == (128, 64, 3)
     result = run("convert", "model", "back", "--to", "diffusers", "--check")
