@@ -60,7 +60,7 @@ class Pipeline:
         prompt: str | Sequence[str] | Prompt,
         *,
         negative_prompt: str | Sequence[str] | None = None,
-        image: Picture | None = None,
+        image: Picture | Sequence[Picture] | None = None,
         last_image: Picture | None = None,
         pose_video: Any = None,
         face_video: Any = None,
@@ -86,7 +86,8 @@ class Pipeline:
         Args:
             prompt: a string, a list, or what `encode` returned.
             negative_prompt: what to steer away from; used when guidance is above 1.
-            image: the picture to start from. height, width: pixels; None is the variant's own size.
+            image: the picture to start from, or to edit (a list in families that take several).
+            height, width: pixels; None is the variant's own size.
             guidance: the classifier-free scale, 1 is off. shift: the flow shift; None is the checkpoint's.
             solver: a name that `sampling.with_solver` knows, or a scheduler config; None is the checkpoint's.
             seed: of the noise: one number (output i takes seed + i), or one an output.

@@ -92,7 +92,7 @@ def test_edit_and_convert(folders, here, small):
         found = json.loads(run("inspect", place, "--json").output)
         assert (found["layout"], found["family"], found["problems"]) == (layout, "qwen-image-edit-plus", [])
     images = ["--image", "0.png", "--image", "1.png"]
-    result = run("generate", "join them", "--model", "model", *images, "--steps", "1", "-o", "out.png")
+    result = run("generate", "join them", "--model", "model", *images, "--steps", "2", "-o", "out.png")
     assert result.exit_code == 0, result.output
     assert media.picture("out.png").shape == (128, 64, 3)
     result = run("convert", "model", "back", "--to", "diffusers", "--check")
@@ -184,7 +184,8 @@ def test_single_files(mark, tmp_path):
     save_file(tensors, tmp_path / "qwen.safetensors")
     text = dict(TEXT, hidden_size=256, num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=1)
     text["rope_parameters"] = TEXT["rope_parameters"] | {"mrope_section": [16, 24, 24]}
-    encoder = upstream(text=text, vision=dict(VISION, hidden_size=80, num_heads=1, out_hidden_size=256, depth=1))
+    tower = dict(hidden_size=80, num_heads=1, out_hidden_size=256, depth=1, patch_size=14, window_size=112)
+    encoder = upstream(text=text, vision=dict(VISION, **tower))
     save_file(encoder.state_dict(), tmp_path / "qwen_2.5_vl_7b.safetensors")
     found = json.loads(run("inspect", tmp_path / "qwen.safetensors", "--json").output)
     assert found["family"] == ("qwen-image-edit-plus" if mark else "qwen-image")
