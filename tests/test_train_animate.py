@@ -70,7 +70,7 @@ def test_pairs_of_held_out_clips():
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, request) -> Path:
+def trained(tmp_path_factory) -> Path:
     """Two steps on squares that move alike, beside an autoencoder and a text encoder of random weights."""
     root = tmp_path_factory.mktemp("animate")
     (root / "data").mkdir()
@@ -105,8 +105,6 @@ def trained(tmp_path_factory, request) -> Path:
         "optim.warmup=1", "optim.ema=0.0",
     ]  # fmt: skip
     work = root / "runs" / "fluent-animate"
-    jax.config.update("jax_disable_most_optimizations", True)  # it compiles for much longer than it runs
-    request.addfinalizer(lambda: jax.config.update("jax_disable_most_optimizations", False))
     assert stages.run_stages(RECIPES["fluent-animate"], work, ("animate",), overrides=own)
     stages.finish(RECIPES["fluent-animate"], work, root / "model")
     (root / "settings.json").write_text(json.dumps(own))
