@@ -1,6 +1,7 @@
 """Guidance against diffusers: its functions, its guiders step by step, and what its pipelines hand their schedulers."""
 
 import contextlib
+import os
 from types import SimpleNamespace
 
 import jax
@@ -38,6 +39,9 @@ draw = lambda seed, shape=SHAPE: np.random.default_rng(seed).normal(size=shape).
 COND = draw(1, (STEPS, *SHAPE))
 UNCOND = COND + 0.4 * draw(2, (STEPS, *SHAPE))
 SKIPPED = COND + 0.3 * draw(3, (STEPS, *SHAPE))
+# unlike conftest.py's programs, whose sums are taken one number at a time: float32 is too coarse for those
+FUSIONS = "xla_cpu_use_fusion_emitters"
+OPTIMISED = {"xla_backend_optimization_level": 3} | ({FUSIONS: True} if FUSIONS in os.environ["XLA_FLAGS"] else {})
 
 
 def first(a):
@@ -84,7 +88,8 @@ def ours(*terms, flags=None, zeros=None, layers=None):
         "layers": np.zeros(STEPS, bool) if layers is None else layers[1],
     }  # fmt: skip
     stateful = sampling.Stateful(lambda x: scan.begin(model, x), spied)
-    sampling.solve(stateful, jnp.zeros(SHAPE), sampling.from_config(EULER, STEPS), per_step=rows)
+    solve = lambda rows: sampling.solve(stateful, jnp.zeros(SHAPE), sampling.from_config(EULER, STEPS), per_step=rows)
+    jax.jit(solve, compiler_options=OPTIMISED)(rows)
     jax.effects_barrier()
     return np.stack([o for _, o in sorted(seen, key=lambda p: p[0])])
 
