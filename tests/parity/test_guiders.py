@@ -1,13 +1,13 @@
 """Guidance against diffusers: its functions, its guiders step by step, and what its pipelines hand their schedulers."""
 
 import contextlib
-import os
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from util_optimised import optimised
 
 from jdit import sampling
 from jdit.sampling import (
@@ -39,9 +39,6 @@ draw = lambda seed, shape=SHAPE: np.random.default_rng(seed).normal(size=shape).
 COND = draw(1, (STEPS, *SHAPE))
 UNCOND = COND + 0.4 * draw(2, (STEPS, *SHAPE))
 SKIPPED = COND + 0.3 * draw(3, (STEPS, *SHAPE))
-# unlike conftest.py's programs, whose sums are taken one number at a time: float32 is too coarse for those
-FUSIONS = "xla_cpu_use_fusion_emitters"
-OPTIMISED = {"xla_backend_optimization_level": 3} | ({FUSIONS: True} if FUSIONS in os.environ["XLA_FLAGS"] else {})
 
 
 def first(a):
@@ -89,7 +86,7 @@ def ours(*terms, flags=None, zeros=None, layers=None):
     }  # fmt: skip
     stateful = sampling.Stateful(lambda x: scan.begin(model, x), spied)
     solve = lambda rows: sampling.solve(stateful, jnp.zeros(SHAPE), sampling.from_config(EULER, STEPS), per_step=rows)
-    jax.jit(solve, compiler_options=OPTIMISED)(rows)
+    optimised(solve)(rows)
     jax.effects_barrier()
     return np.stack([o for _, o in sorted(seen, key=lambda p: p[0])])
 
