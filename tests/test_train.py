@@ -333,7 +333,8 @@ def trained(tmp_path_factory) -> Path:
                      "value": 0.8, "split": "val" if n == 7 else "train"})  # fmt: skip
     (root / "data" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (root / "held.txt").write_text("blue tomato\n")
-    common = [f'data.folder="{root}/data"', "data.size=16", "data.batch=8", "data.backgrounds=2", "run.chunk=1"]
+    common = [f'data.folder="{root}/data"', "data.size=16", "data.batch=8", "data.backgrounds=2", "run.chunk=1",
+              "run.sheet=1e9"]  # fmt: skip
     held = [f'data.held_out="{root}/held.txt"']
     tiny_clip = ["model.width=8", "model.mlp=16", "model.projection=8", "model.tower=2", "model.vocab_size=540"]
     tiny_flow = [

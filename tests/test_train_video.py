@@ -93,7 +93,7 @@ def trained(tmp_path_factory) -> Path:
         rows.append({"file_name": f"{n}.png", "text": f"{name} square", "split": "val" if n > 1 else "train"})
     (root / "data" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     common = [f'data.folder="{root}/data"', "data.size=16", "data.frames=5", "data.batch=2", "run.chunk=1",
-              'run.dtype="float32"', "run.devices=1"]  # fmt: skip
+              "run.sheet=1e9", 'run.dtype="float32"', "run.devices=1"]  # fmt: skip
     settings = {
         "vae": ["model.width=4", "model.multipliers=[1, 1]", "model.temporal=[true]", "model.latent_channels=4"],
         "wan": [

@@ -72,10 +72,12 @@ class Net:
         self.paths = {dotted(p): p for p, _ in flat}
         self.dtypes = {dotted(p): var.get_value().dtype for p, var in flat}
         fixed = {dotted(p) for p, var in flat if var.get_metadata().get("fixed")}
-        make = lambda: leaves(self.component.module(self._master, rngs=nnx.Rngs(0)))
-        self.fixed = (
-            {dotted(p): np.asarray(a) for p, a in jax.jit(make)().items() if dotted(p) in fixed} if fixed else {}
-        )
+
+        def tables():  # and nothing else, so that random weights are not even compiled
+            module = self.component.module(self._master, rngs=nnx.Rngs(0))
+            return {name: a for p, a in leaves(module).items() if (name := dotted(p)) in fixed}
+
+        self.fixed = {k: np.asarray(a) for k, a in jax.jit(tables)().items()} if fixed else {}
 
     def init(self, seed: int) -> Weights:
         """Random float32 weights, tables left out. The hardware's generator: the usual one compiles four times as long,

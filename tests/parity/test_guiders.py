@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from util_optimised import optimised
 
 from jdit import sampling
 from jdit.sampling import (
@@ -84,7 +85,8 @@ def ours(*terms, flags=None, zeros=None, layers=None):
         "layers": np.zeros(STEPS, bool) if layers is None else layers[1],
     }  # fmt: skip
     stateful = sampling.Stateful(lambda x: scan.begin(model, x), spied)
-    sampling.solve(stateful, jnp.zeros(SHAPE), sampling.from_config(EULER, STEPS), per_step=rows)
+    solve = lambda rows: sampling.solve(stateful, jnp.zeros(SHAPE), sampling.from_config(EULER, STEPS), per_step=rows)
+    optimised(solve)(rows)
     jax.effects_barrier()
     return np.stack([o for _, o in sorted(seen, key=lambda p: p[0])])
 
