@@ -66,6 +66,15 @@ def fused_bias_reversed(n: int) -> Op:
     return Op(f"fused_bias_reversed({n})", lambda b: plain.forward(b)[::-1], lambda b: plain.inverse(b[::-1]))
 
 
+def joined_linear(n: int) -> Op:
+    """One PyTorch matrix on n concatenated inputs: O (n I) <-> n I O."""
+    return Op(
+        f"joined_linear({n})",
+        lambda w: w.T.reshape(n, -1, w.shape[0]),
+        lambda w: w.reshape(-1, w.shape[-1]).T,
+    )
+
+
 def patch_conv(p: int, channels: int) -> Op:
     """A p x p convolution of stride p as a dense layer on patches: O C p p <-> (p p C) O."""
     return Op(

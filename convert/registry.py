@@ -8,7 +8,7 @@ from convert import autoencoder_kl as kl
 from convert import autoencoder_kl_cogvideox as cogvideox_vae
 from convert import autoencoder_kl_qwen_image as qwen_vae
 from convert import autoencoder_kl_wan as wan_vae
-from convert import clip, clip_vision, cogvideox, qwen2_5_vl, qwen_image, sd3, t5, wan, wan_animate
+from convert import clip, clip_vision, cogvideox, hunyuan_video, qwen2_5_vl, qwen_image, sd3, t5, wan, wan_animate
 from convert.component import Component
 from convert.families import cogvideox as cogvideox_family
 from convert.families import qwen_image as qwen_family
@@ -19,6 +19,7 @@ from convert.family import Family
 from convert.layout import Signature
 from convert.table import Rule
 from jdit.nn.cogvideox import CogVideoX
+from jdit.nn.hunyuan_video import HunyuanVideo
 from jdit.nn.mmdit import MMDiT
 from jdit.nn.qwen_image import QwenImage
 from jdit.nn.text.clip import CLIPText
@@ -79,6 +80,9 @@ COMPONENTS: dict[str, Component] = {
         ),
         Component(cogvideox.CLASS, CogVideoX, cogvideox.config, cogvideox.upstream_config, cogvideox.rules),
         Component(qwen_image.CLASS, QwenImage, qwen_image.config, qwen_image.upstream_config, qwen_image.rules),
+        Component(
+            hunyuan_video.CLASS, HunyuanVideo, hunyuan_video.config, hunyuan_video.upstream_config, hunyuan_video.rules
+        ),
     )
 }  # fmt: skip
 """Upstream class -> component."""

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from flax import nnx
 
 from jdit.nn.cogvideox import CogVideoX, CogVideoXConfig
+from jdit.nn.hunyuan_video import HunyuanVideo, HunyuanVideoConfig
 from jdit.nn.mmdit import MMDiT, MMDiTConfig
 from jdit.nn.qwen_image import QwenImage, QwenImageConfig
 from jdit.nn.text.clip import CLIPText, CLIPTextConfig
@@ -49,6 +50,7 @@ MODULES: dict[type, type[nnx.Module]] = {
     WanAnimateConfig: WanAnimate,
     CogVideoXConfig: CogVideoX,
     QwenImageConfig: QwenImage,
+    HunyuanVideoConfig: HunyuanVideo,
     AutoencoderKLCogVideoXConfig: AutoencoderKLCogVideoX,
     AutoencoderKLQwenImageConfig: AutoencoderKLQwenImage,
 }

@@ -1,5 +1,5 @@
 """Blocks of two streams, picture and context, that have weights of their own and meet in attention (MMDiT, arXiv
-2403.03206): what Stable Diffusion 3 and Qwen-Image share.
+2403.03206): what Stable Diffusion 3, Qwen-Image and HunyuanVideo share.
 
 Legend: B batch, N image tokens, L context tokens, D width, K head dim, M rows of modulation, n parts of one.
 """
@@ -19,7 +19,8 @@ from jdit.sharding import Rules, shard
 
 
 class JointConfig(Protocol):
-    """What a block reads of its family's config; qk_norm: "rms_norm" normalises queries and keys a head, None not."""
+    """What a block reads of its family's config; qk_norm: "rms_norm" normalises queries and keys a head, None not; mlp:
+    the width inside the MLPs."""
 
     @property
     def width(self) -> int: ...
@@ -27,6 +28,8 @@ class JointConfig(Protocol):
     def heads(self) -> int: ...
     @property
     def head_dim(self) -> int: ...
+    @property
+    def mlp(self) -> int: ...
     @property
     def qk_norm(self) -> str | None: ...
     @property
@@ -43,28 +46,34 @@ class Stream(nnx.Module):
         kw: dict[str, Any] = dict(dtype=cfg.dtype, rngs=rngs)
         self.mod = layers.fused_linear(d, parts, d, (None, "mlp"), **kw)
         self.attn = SelfAttention(cfg, out=not ends, rngs=rngs)
-        self.mlp = None if ends else layers.Mlp(d, 4 * d, layers.gelu_tanh, **kw)
+        self.mlp = None if ends else layers.Mlp(d, cfg.mlp, layers.gelu_tanh, **kw)
 
     def feed_forward(self, x, shift, scale, gate):
         assert self.mlp is not None, "this stream ends at attention"
-        return _add(x, self.mlp(layers.modulate_rows(x, shift, scale)), gate)
+        return gated_add(x, self.mlp(layers.modulate_rows(x, shift, scale)), gate)
 
 
 class SelfAttention(nnx.Module):
-    """Projections of one attention: fused q, k, v, optional norms a head, output."""
+    """Projections of one attention: fused q, k, v, optional norms a head, output.
 
-    def __init__(self, cfg: JointConfig, *, out: bool = True, rngs: nnx.Rngs):
+    `more` further products of width D on the same input are fused with them, for callers that split them off.
+    """
+
+    def __init__(self, cfg: JointConfig, *, out: bool = True, more: int = 0, rngs: nnx.Rngs):
         self.heads, self.head_dim = cfg.heads, cfg.head_dim
         d = cfg.width
         kw: dict[str, Any] = dict(dtype=cfg.dtype, rngs=rngs)
         norm = lambda: layers.RMSNorm(cfg.head_dim, eps=1e-6, dtype=cfg.dtype) if cfg.qk_norm else None
-        self.qkv = layers.fused_linear(d, 3, d, ("embed", "heads"), **kw)
+        self.qkv = layers.fused_linear(d, 3 + more, d, ("embed", "heads"), **kw)
         self.norm_q, self.norm_k = norm(), norm()
         self.out = layers.linear(d, d, ("heads", "embed"), **kw) if out else None
 
     def project(self, x: Float[Array, "B N D"]) -> list[Float[Array, "B N heads K"]]:
-        qkv = self.qkv(x)
-        q, k, v = (qkv[:, :, i].reshape(*x.shape[:2], self.heads, self.head_dim) for i in range(3))
+        return self.split(self.qkv(x))
+
+    def split(self, qkv: Float[Array, "B N m D"]) -> list[Float[Array, "B N heads K"]]:
+        """The first three of the fused products as q, k, v."""
+        q, k, v = (qkv[:, :, i].reshape(*qkv.shape[:2], self.heads, self.head_dim) for i in range(3))
         if self.norm_q is not None and self.norm_k is not None:
             q, k = self.norm_q(q), self.norm_k(k)
         return [q, k, v]
@@ -104,9 +113,7 @@ class JointBlock(nnx.Module):
             rope: of the joined sequence, image before context, as `kv_lengths` and `key_counts` of `attention` are.
         """
         cfg, n = self.cfg, x.shape[1]
-        mx, mc = (jnp.moveaxis(m, -2, 0) for m in (mod_x, mod_c))
-        if mod_x.shape[1] == 2:
-            mx = [jnp.where(jnp.arange(n)[:, None] < first, m[:, :1], m[:, 1:]) for m in mx]  # fused with its use
+        mx, mc = of_tokens(mod_x, n, first), of_tokens(mod_c, c.shape[1])
         with jax.named_scope("joint_attention"):
             image = self.image.attn.project(layers.modulate_rows(x, mx[0], mx[1]))
             context = self.context.attn.project(layers.modulate_rows(c, mc[0], mc[1]))
@@ -119,20 +126,28 @@ class JointBlock(nnx.Module):
                 q, k = apply_rope(q, rope), apply_rope(k, rope)
             joint = attend(q, k, v, rules=cfg.rules, kv_lengths=kv_lengths, key_counts=key_counts)
         before = x
-        x = _add(x, self.image.attn.merge(joint[:, :n]), mx[2])
+        x = gated_add(x, self.image.attn.merge(joint[:, :n]), mx[2])
         if self.attn2 is not None:
             with jax.named_scope("dual_attention"):
                 second = attend(*self.attn2.project(layers.modulate_rows(before, mx[6], mx[7])), rules=cfg.rules)
-                x = _add(x, self.attn2.merge(second), mx[8])
+                x = gated_add(x, self.attn2.merge(second), mx[8])
         with jax.named_scope("mlp"):
             x = self.image.feed_forward(x, *mx[3:6])
             if not self.last:
-                c = self.context.feed_forward(_add(c, self.context.attn.merge(joint[:, n:]), mc[2]), *mc[3:6])
+                c = self.context.feed_forward(gated_add(c, self.context.attn.merge(joint[:, n:]), mc[2]), *mc[3:6])
         return shard(x, "batch", "seq", "width", rules=cfg.rules), shard(c, "batch", "seq", "width", rules=cfg.rules)
 
 
-def modulation_rows(blocks, stream: Callable[[Any], Stream], emb: Float[Array, "*S D"]) -> Float[Array, "l *S n D"]:
-    """What `emb` makes of a stream's modulation in each of the stacked `blocks`, float32.
+def of_tokens(rows: Float[Array, "B M n D"], tokens: int, first: int = 0) -> list[Float[Array, "B N_or_1 D"]]:
+    """Each of the n parts, for all tokens. Where M is 2, one row is for the `first` tokens, the other for the rest."""
+    parts = list(jnp.moveaxis(rows, -2, 0))
+    if rows.shape[1] != 2:
+        return parts
+    return [jnp.where(jnp.arange(tokens)[:, None] < first, p[:, :1], p[:, 1:]) for p in parts]  # fused with its use
+
+
+def modulation_rows(blocks, stream: Callable[[Any], Any], emb: Float[Array, "*S D"]) -> Float[Array, "l *S n D"]:
+    """What `emb` makes of the modulation (`mod`) of a stream in each of the stacked `blocks`, float32.
 
     Layer by layer: all layers' products at once would hold every float32 result and kernel copy together.
     """
@@ -152,5 +167,6 @@ def _join(image, context):
     return jnp.where(first, jnp.pad(image, ends(0, m)), jnp.pad(context, ends(n, 0)))
 
 
-def _add(x, update, gate):
+def gated_add(x, update, gate):
+    """x + gate update, in x's dtype."""
     return (x + gate * update).astype(x.dtype)

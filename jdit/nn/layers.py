@@ -31,6 +31,14 @@ def fused_linear(d_in: int, n: int, d_out: int, axes: Axes, *, dtype, rngs: nnx.
     )  # fmt: skip
 
 
+def joined_linear(n: int, d_in: int, d_out: int, axes: Axes, *, dtype, rngs: nnx.Rngs):
+    """One dense layer on `n` arrays (..., n, d_in): kernel (n, d_in, d_out), axes (in, out)."""
+    return nnx.LinearGeneral(
+        (n, d_in), d_out, axis=(-2, -1), dtype=dtype, param_dtype=dtype, rngs=rngs,
+        kernel_metadata={"axes": (None, *axes)}, bias_metadata={"axes": axes[1:]},
+    )  # fmt: skip
+
+
 def conv(
     c_in: int, c_out: int, kernel: int, *, stride: int = 1, padding: Any = "SAME", rank: int = 2, bias: bool = True,
     dtype, rngs: nnx.Rngs,

@@ -67,6 +67,10 @@ class MMDiTConfig:
         return self.heads * self.head_dim
 
     @property
+    def mlp(self) -> int:
+        return 4 * self.width
+
+    @property
     def groups(self) -> tuple[Group, ...]:
         kind = lambda i: (i in self.dual_layers, i == self.layers - 1)
         return tuple(Group(tuple(run), *k) for k, run in itertools.groupby(range(self.layers), kind))

@@ -64,6 +64,10 @@ class QwenImageConfig:
         return self.heads * self.head_dim
 
     @property
+    def mlp(self) -> int:
+        return 4 * self.width
+
+    @property
     def qk_norm(self) -> str:
         return "rms_norm"
 
