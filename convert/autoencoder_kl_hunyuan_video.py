@@ -4,12 +4,13 @@ Source: diffusers models/autoencoders/autoencoder_kl_hunyuan_video.py and
 scripts/convert_hunyuan_video_to_diffusers.py, which renames no tensor of the autoencoder.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from convert import ops
 from convert.ops import Op
-from convert.table import Rule
+from convert.table import ConversionError, Rule
 from jdit.nn.vae.autoencoder_kl_hunyuan_video_config import ACTIVATIONS, AutoencoderKLHunyuanVideoConfig
 from jdit.sharding import Rules
 
@@ -88,3 +89,28 @@ def rules(cfg: AutoencoderKLHunyuanVideoConfig) -> list[Rule]:
         out += _resnet(f"{source}.resnets.{{j}}", f"{target}.resnets.{{j}}")
         out += _layer(f"{source}.{changes}.0.conv.conv", f"{target}.{change}", ops.causal_conv)
     return out
+
+
+def original_config(
+    shapes: Mapping[str, Sequence[int]], *, dtype: str = "float32", rules: Rules = Rules()
+) -> AutoencoderKLHunyuanVideoConfig:
+    """The architecture of a file without config, read off its shapes; what they do not tell is as published.
+
+    Raises:
+        ConversionError: a tensor that the architecture is read from is missing.
+    """
+
+    def need(key: str) -> Sequence[int]:
+        if key not in shapes:
+            raise ConversionError(f"not a HunyuanVideo autoencoder: tensor {key} is missing")
+        return shapes[key]
+
+    block = re.compile(r"encoder\.down_blocks\.(\d+)\.resnets\.(\d+)\.conv1\.conv\.weight")
+    blocks = [m for m in map(block.fullmatch, shapes) if m]
+    levels, layers = (max((int(m[n]) for m in blocks), default=0) + 1 for n in (1, 2))
+    return AutoencoderKLHunyuanVideoConfig(
+        in_channels=need("encoder.conv_in.conv.weight")[1], out_channels=need("decoder.conv_out.conv.weight")[0],
+        latent_channels=need("decoder.conv_in.conv.weight")[1], layers=layers, dtype=dtype, rules=rules,
+        channels=tuple(need(f"encoder.down_blocks.{i}.resnets.0.conv1.conv.weight")[0] for i in range(levels)),
+        mid_attention="encoder.mid_block.attentions.0.to_q.weight" in shapes,
+    )  # fmt: skip

@@ -18,6 +18,7 @@ from util_text import error  # noqa: E402
 from convert import autoencoder_kl_hunyuan_video as hv  # noqa: E402
 from convert import registry, stream, table  # noqa: E402
 from convert.readers import open_folder  # noqa: E402
+from convert.table import ConversionError  # noqa: E402
 from jdit import sharding  # noqa: E402
 from jdit.nn.vae.tiling import FrameTiles, Tiles  # noqa: E402
 
@@ -183,6 +184,9 @@ def test_full_size_shapes():
     shapes = {k: tuple(v.shape) for k, v in theirs.state_dict().items()}
     table.plan(shapes, COMPONENT.rules(cfg), targets)
     assert {k for k, *_ in table.back(COMPONENT.rules(cfg), targets)} == set(shapes)
+    assert hv.original_config(shapes) == cfg
+    with pytest.raises(ConversionError, match=r"tensor decoder\.conv_in\.conv\.weight is missing"):
+        hv.original_config({k: v for k, v in shapes.items() if not k.startswith("decoder.conv_in")})
 
 
 def test_bfloat16_error_is_torchs(pair):
