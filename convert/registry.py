@@ -6,6 +6,7 @@ from typing import Any
 
 from convert import autoencoder_kl as kl
 from convert import autoencoder_kl_cogvideox as cogvideox_vae
+from convert import autoencoder_kl_hunyuan_video as hunyuan_vae
 from convert import autoencoder_kl_qwen_image as qwen_vae
 from convert import autoencoder_kl_wan as wan_vae
 from convert import clip, clip_vision, cogvideox, hunyuan_video, qwen2_5_vl, qwen_image, sd3, t5, wan, wan_animate
@@ -27,6 +28,7 @@ from jdit.nn.text.qwen2_5_vl import Qwen2_5VL
 from jdit.nn.text.t5 import T5
 from jdit.nn.vae.autoencoder_kl import AutoencoderKL
 from jdit.nn.vae.autoencoder_kl_cogvideox import AutoencoderKLCogVideoX
+from jdit.nn.vae.autoencoder_kl_hunyuan_video import AutoencoderKLHunyuanVideo
 from jdit.nn.vae.autoencoder_kl_qwen_image import AutoencoderKLQwenImage
 from jdit.nn.vae.autoencoder_kl_wan import AutoencoderKLWan
 from jdit.nn.vision.clip import CLIPVision
@@ -77,6 +79,10 @@ COMPONENTS: dict[str, Component] = {
         ),
         Component(
             qwen_vae.CLASS, AutoencoderKLQwenImage, qwen_vae.config, qwen_vae.upstream_config, qwen_vae.rules
+        ),
+        Component(
+            hunyuan_vae.CLASS, AutoencoderKLHunyuanVideo, hunyuan_vae.config, hunyuan_vae.upstream_config,
+            hunyuan_vae.rules,
         ),
         Component(cogvideox.CLASS, CogVideoX, cogvideox.config, cogvideox.upstream_config, cogvideox.rules),
         Component(qwen_image.CLASS, QwenImage, qwen_image.config, qwen_image.upstream_config, qwen_image.rules),

@@ -16,6 +16,8 @@ from jdit.nn.text.t5 import T5, T5Config
 from jdit.nn.vae.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from jdit.nn.vae.autoencoder_kl_cogvideox import AutoencoderKLCogVideoX
 from jdit.nn.vae.autoencoder_kl_cogvideox_config import AutoencoderKLCogVideoXConfig
+from jdit.nn.vae.autoencoder_kl_hunyuan_video import AutoencoderKLHunyuanVideo
+from jdit.nn.vae.autoencoder_kl_hunyuan_video_config import AutoencoderKLHunyuanVideoConfig
 from jdit.nn.vae.autoencoder_kl_qwen_image import AutoencoderKLQwenImage, AutoencoderKLQwenImageConfig
 from jdit.nn.vae.autoencoder_kl_wan import AutoencoderKLWan
 from jdit.nn.vae.autoencoder_kl_wan_config import MEAN_22, STD_22, AutoencoderKLWanConfig
@@ -53,6 +55,7 @@ MODULES: dict[type, type[nnx.Module]] = {
     HunyuanVideoConfig: HunyuanVideo,
     AutoencoderKLCogVideoXConfig: AutoencoderKLCogVideoX,
     AutoencoderKLQwenImageConfig: AutoencoderKLQwenImage,
+    AutoencoderKLHunyuanVideoConfig: AutoencoderKLHunyuanVideo,
 }
 
 _FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}

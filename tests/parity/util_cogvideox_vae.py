@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,10 +36,14 @@ KINDS = {
 
 
 def upstream(kind: str, seed: int = 0) -> Upstream:
-    """Every parameter random, the norms' about 1; matrices of about unit gain."""
     kw = KINDS[kind]
     blocks = {name: (block,) * len(kw["block_out_channels"]) for name, block in BLOCKS.items()}
-    model, rng = Upstream(**kw, **blocks), np.random.default_rng(seed)
+    return randomised(Upstream(**kw, **blocks), seed)
+
+
+def randomised(model: torch.nn.Module, seed: int) -> Any:
+    """Every parameter random, the norms' about 1; matrices of about unit gain."""
+    rng = np.random.default_rng(seed)
     for name, p in model.named_parameters():
         gain = 0.3 if p.ndim == 1 else 1 / np.sqrt(np.prod(p.shape[1:]))
         centre = p.ndim == 1 and name.endswith("weight")

@@ -20,10 +20,11 @@ from jaxtyping import Array, Float
 
 from jdit.nn.layers import silu
 from jdit.nn.vae.autoencoder_kl import Posterior
-from jdit.nn.vae.autoencoder_kl_cogvideox_blocks import Grow, ResidualBlock, Shrink, SpatialNorm
+from jdit.nn.vae.autoencoder_kl_cogvideox_blocks import Grow, Shrink, SpatialNorm
 from jdit.nn.vae.autoencoder_kl_cogvideox_config import ACTIVATIONS, AutoencoderKLCogVideoXConfig, ShareTiles
 from jdit.nn.vae.blocks import GroupNorm, pointwise
 from jdit.nn.vae.causal import Cache, CausalConv, Frames, Stream, run_chunks
+from jdit.nn.vae.causal_blocks import ResidualBlock
 from jdit.nn.vae.tiling import join_grid, run_grid
 from jdit.sharding import shard
 
@@ -41,15 +42,20 @@ class Level(nnx.Module):
     ):  # fmt: skip
         self.cfg = cfg
         kw = {"dtype": jnp.dtype(cfg.dtype), "rngs": rngs}
-        make = lambda c: ResidualBlock(
-            c, c_out, c_z=c_z, groups=cfg.groups, eps=cfg.eps, act=ACTIVATIONS[cfg.act], **kw
-        )
+
+        def norm(c: int) -> GroupNorm | SpatialNorm:
+            if c_z is None:
+                return GroupNorm(c, groups=cfg.groups, eps=cfg.eps, dtype=kw["dtype"])
+            return SpatialNorm(c, c_z, groups=cfg.groups, **kw)
+
+        make = lambda c: ResidualBlock(c, c_out, norm=norm, act=ACTIVATIONS[cfg.act], padding="replicate", **kw)
         self.resnets = nnx.List([make(c_out if i else c_in) for i in range(layers)])
         self.change = change(c_out, temporal=temporal, **kw) if change else None
 
     def __call__(self, x: Frames, z: Frames | None, stream: Stream) -> Frames:
+        condition = () if z is None else (z,)
         for block in self.resnets:
-            x = _rows(block(x, z, stream), self.cfg)
+            x = _rows(block(x, stream, *condition), self.cfg)
         return x if self.change is None else _rows(self.change(x), self.cfg)
 
 

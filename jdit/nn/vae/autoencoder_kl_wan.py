@@ -7,6 +7,7 @@ scan over the chunks in memory that does not grow with the length.
 Source: diffusers models/autoencoders/autoencoder_kl_wan.py; arXiv 2503.20314, section 4.1.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -20,7 +21,6 @@ from jdit.nn.vae.autoencoder_kl import Posterior
 from jdit.nn.vae.autoencoder_kl_wan_blocks import (
     AttentionBlock,
     Grow,
-    ResidualBlock,
     Shrink,
     UnitNorm,
     from_patches,
@@ -31,6 +31,7 @@ from jdit.nn.vae.autoencoder_kl_wan_blocks import (
 from jdit.nn.vae.autoencoder_kl_wan_config import AutoencoderKLWanConfig
 from jdit.nn.vae.blocks import pointwise
 from jdit.nn.vae.causal import Cache, CausalConv, Frames, Stream, run_chunks
+from jdit.nn.vae.causal_blocks import ResidualBlock
 from jdit.nn.vae.tiling import Tiles, join_grid, run_grid
 from jdit.sharding import shard
 
@@ -45,9 +46,7 @@ class Level(nnx.Module):
     def __init__(self, level: tuple[int, int, int, int], layers: int, cfg: AutoencoderKLWanConfig, *, rngs: nnx.Rngs):
         self.cfg, self.level = cfg, level
         c_in, c_out, *_ = level
-        dtype = jnp.dtype(cfg.dtype)
-        make = lambda i: ResidualBlock(c_out if i else c_in, c_out, dtype=dtype, rngs=rngs)
-        self.resnets = nnx.List([make(i) for i in range(layers)])
+        self.resnets = nnx.List([_resnet(c_out if i else c_in, c_out, cfg, rngs) for i in range(layers)])
 
     def run(self, x: Frames, stream: Stream) -> Frames:
         for block in self.resnets:
@@ -102,9 +101,8 @@ class Mid(nnx.Module):
 
     def __init__(self, c: int, cfg: AutoencoderKLWanConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg
-        dtype = jnp.dtype(cfg.dtype)
-        self.resnets = nnx.List([ResidualBlock(c, c, dtype=dtype, rngs=rngs) for _ in range(2)])
-        self.attention = AttentionBlock(c, dtype=dtype, rngs=rngs)
+        self.resnets = nnx.List([_resnet(c, c, cfg, rngs) for _ in range(2)])
+        self.attention = AttentionBlock(c, dtype=jnp.dtype(cfg.dtype), rngs=rngs)
 
     @jax.named_scope("mid")
     def __call__(self, x: Frames, stream: Stream) -> Frames:
@@ -307,6 +305,11 @@ class AutoencoderKLWan(nnx.Module):
                 f"mean has {len(cfg.mean)} and std {len(cfg.std)} values for {cfg.latent_channels} latent channels"
             )
         return np.array(cfg.mean, np.float32), np.float32(1) / np.array(cfg.std, np.float32)
+
+
+def _resnet(c_in: int, c_out: int, cfg: AutoencoderKLWanConfig, rngs: nnx.Rngs) -> ResidualBlock:
+    dtype = jnp.dtype(cfg.dtype)
+    return ResidualBlock(c_in, c_out, norm=functools.partial(UnitNorm, dtype=dtype), dtype=dtype, rngs=rngs)
 
 
 def _rows(x: Frames, cfg: AutoencoderKLWanConfig) -> Frames:

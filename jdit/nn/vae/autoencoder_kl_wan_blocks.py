@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jdit.nn.attention import attention
-from jdit.nn.layers import fused_linear, silu
+from jdit.nn.layers import fused_linear
 from jdit.nn.vae.blocks import Downsample, Upsample, pointwise
 from jdit.nn.vae.causal import CausalConv, Frames, Stream, per_frame
 
@@ -28,23 +28,6 @@ class UnitNorm(nnx.Module):
         norm = jnp.sqrt(jnp.square(x32).sum(-1, keepdims=True))
         unit = x32 / jnp.maximum(norm, 1e-12) * x.shape[-1] ** 0.5
         return (unit * self.scale.get_value().astype(jnp.float32)).astype(x.dtype)
-
-
-class ResidualBlock(nnx.Module):
-    """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1 projection of x where the width changes."""
-
-    def __init__(self, c_in: int, c_out: int, *, dtype, rngs: nnx.Rngs):
-        self.norm1 = UnitNorm(c_in, dtype=dtype)
-        self.conv1 = CausalConv(c_in, c_out, dtype=dtype, rngs=rngs)
-        self.norm2 = UnitNorm(c_out, dtype=dtype)
-        self.conv2 = CausalConv(c_out, c_out, dtype=dtype, rngs=rngs)
-        self.shortcut = pointwise(c_in, c_out, dtype=dtype, rngs=rngs) if c_in != c_out else None
-
-    @jax.named_scope("resnet")
-    def __call__(self, x: Frames, stream: Stream) -> Float[Array, "B T H W D"]:
-        h = self.conv1(silu(self.norm1(x)), stream)
-        h = self.conv2(silu(self.norm2(h)), stream)
-        return h + (x if self.shortcut is None else self.shortcut(x))
 
 
 class AttentionBlock(nnx.Module):

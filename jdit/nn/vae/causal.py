@@ -72,27 +72,29 @@ class Stream:
         return Cache(tuple(self._kept))
 
 
-def _taps(x: Frames, kernel: Float[Array, "k k t C D"], stride: int) -> Frames:
+def _taps(x: Frames, kernel: Float[Array, "k k t C D"], stride: int, step: int = 1, edge: str = "SAME") -> Frames:
     """The frames under the kernel side by side in the channels, then one convolution of a picture a frame."""
     k, _, taps, c_in, c_out = kernel.shape
     n = (x.shape[1] - taps) // stride + 1
     if taps > 1 or stride > 1:
         x = jnp.concatenate([x[:, i : i + stride * (n - 1) + 1 : stride] for i in range(taps)], -1)
     flat = kernel.reshape(k, k, taps * c_in, c_out)
-    if k == 1:
+    if k == 1 and step == 1:
         return x @ flat[0, 0]
     dims = ("NHWC", "HWIO", "NHWC")
-    return per_frame(lambda f: jax.lax.conv_general_dilated(f, flat, (1, 1), "SAME", dimension_numbers=dims), x)
+    return per_frame(lambda f: jax.lax.conv_general_dilated(f, flat, (step, step), edge, dimension_numbers=dims), x)
 
 
-def _conv3d(x: Frames, kernel: Float[Array, "k k t C D"], stride: int) -> Frames:
+def _conv3d(x: Frames, kernel: Float[Array, "k k t C D"], stride: int, step: int = 1, edge: str = "SAME") -> Frames:
     """One convolution over frames, rows and columns."""
-    edge = ((kernel.shape[0] - 1) // 2, kernel.shape[0] // 2)
+    k = kernel.shape[0]
+    pads = ((k - 1) // 2, k // 2) if edge == "SAME" else (0, 0)
     dims = ("NDHWC", "HWDIO", "NDHWC")  # strides and edges follow the kernel's order of axes
-    return jax.lax.conv_general_dilated(x, kernel, (1, 1, stride), (edge, edge, (0, 0)), dimension_numbers=dims)
+    return jax.lax.conv_general_dilated(x, kernel, (step, step, stride), (pads, pads, (0, 0)), dimension_numbers=dims)
 
 
-FORMS: dict[str, Callable[[Frames, Array, int], Frames]] = {"taps": _taps, "conv3d": _conv3d}
+FORMS: dict[str, Callable[..., Frames]] = {"taps": _taps, "conv3d": _conv3d}
+"""(x, kernel, stride of the frames, stride of rows and columns, "SAME" or "VALID" at their edges)."""
 
 
 def per_frame(fn: Callable[[Float[Array, "N H W C"]], Array], x: Frames) -> Array:
@@ -108,31 +110,39 @@ class CausalConv(nnx.Module):
 
     Args:
         stride: of the frames; then T must be what the network's rule of chunks wants, see `valid`.
+        step: stride of rows and columns, of which ceil(H / step) come out; above 1 with repeated edges only.
         padding: what stands before the first frame.
+        edges: what stands around rows and columns.
     """
 
     def __init__(
-        self, c_in: int, c_out: int, *, taps: int = 3, size: int = 3, stride: int = 1, padding: Padding = "zero",
-        dtype, rngs: nnx.Rngs,
+        self, c_in: int, c_out: int, *, taps: int = 3, size: int = 3, stride: int = 1, step: int = 1,
+        padding: Padding = "zero", edges: Padding = "zero", dtype, rngs: nnx.Rngs,
     ):  # fmt: skip
-        self.taps, self.stride = taps, stride
+        if step > 1 and edges == "zero":
+            raise ValueError(f"step is {step}: with zeros around rows and columns only 1 is supported")
+        self.taps, self.stride, self.step = taps, stride, step
         self.padding: Padding = padding
+        self.edges: Padding = edges
         init = nnx.initializers.lecun_normal()
         self.kernel = nnx.Param(init(rngs.params(), (size, size, taps, c_in, c_out), dtype), axes=(None,) * 5)
         self.bias = nnx.Param(jnp.zeros(c_out, dtype), axes=(None,))
 
-    def __call__(self, x: Frames, stream: Stream | None = None) -> Float[Array, "B T H W D"]:
-        """As many frames out as in; `stream` None is a whole video."""
+    def __call__(self, x: Frames, stream: Stream | None = None) -> Float[Array, "B n Y X D"]:
+        """As many frames out as in (with a stride ceil(T / stride)); `stream` None is a whole video."""
         stream = stream or Stream()
         alone = stream.first and x.shape[1] == 1 and self.padding == "zero"
         behind = stream.extend(x, self.taps - 1, self.padding)
         # a first frame alone has zeros before it: those taps add nothing, and a picture costs a third
         return self.valid(x, last=1) if alone else self.valid(behind)
 
-    def valid(self, x: Frames, last: int | None = None) -> Float[Array, "B n H W D"]:
+    def valid(self, x: Frames, last: int | None = None) -> Float[Array, "B n Y X D"]:
         """Without frames added in front: n = (T - taps) // stride + 1. `last`: with the kernel's last taps alone."""
-        kernel = self.kernel.get_value()[:, :, -(last or self.taps) :]
-        return FORMS[FORM](x.astype(kernel.dtype), kernel, self.stride) + self.bias.get_value()
+        kernel, edge = self.kernel.get_value()[:, :, -(last or self.taps) :], "SAME"
+        if self.edges == "replicate":
+            around, edge = (kernel.shape[0] // 2,) * 2, "VALID"
+            x = jnp.pad(x, ((0, 0), (0, 0), around, around, (0, 0)), mode="edge")
+        return FORMS[FORM](x.astype(kernel.dtype), kernel, self.stride, self.step, edge) + self.bias.get_value()
 
 
 def run_chunks(

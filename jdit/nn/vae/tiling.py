@@ -55,6 +55,27 @@ class Tiles(NamedTuple):
         return out
 
 
+class FrameTiles(NamedTuple):
+    """Tiles of frames, and frames to the next: a tile has one frame more, of which only the first tile keeps it."""
+
+    size: int = 16
+    stride: int = 12
+
+    @property
+    def overlap(self) -> int:
+        return self.size - self.stride
+
+    def over(self, factor: int) -> "FrameTiles":
+        """The same tiles counted in units of `factor` frames.
+
+        Raises:
+            ValueError: no whole number of units, or steps that leave out frames.
+        """
+        if any(n < factor or n % factor for n in self) or self.stride > self.size:
+            raise ValueError(f"{self}: size and stride are multiples of {factor} frames, the stride at most the size")
+        return FrameTiles(self.size // factor, self.stride // factor)
+
+
 def one_at_a_time(fn: Callable[[Float[Array, "1 ..."]], T], batch: Float[Array, "B ..."]) -> T:
     """`fn` of each batch element alone, in turn: memory of one, results as from the whole batch.
 
@@ -167,3 +188,46 @@ def _blend(a: Array, b: Array, extent: int, axis: int) -> Array:
     start = jax.lax.slice_in_dim(b, 0, extent, axis=axis)
     rest = jax.lax.slice_in_dim(b, extent, None, axis=axis)
     return jnp.concatenate([end * (1 - weight) + start * weight, rest], axis)
+
+
+def run_frames(
+    fn: Callable[[Float[Array, "B t ..."]], Float[Array, "B s ..."]], x: Float[Array, "B T ..."], *,
+    tiles: FrameTiles, result: FrameTiles, count: Callable[[int], int], finish: Callable[[Array], Array] = lambda y: y,
+) -> Float[Array, "B S ..."]:  # fmt: skip
+    """fn of overlapping tiles of frames, each blended with the one before, as diffusers
+    models/autoencoders/autoencoder_kl_hunyuan_video.py does it.
+
+    Tile i are the frames from i * stride on, size + 1 of them; of the first result, which lacks its past, all but the
+    first tile make no use. Whole tiles run in a scan that writes into one buffer; those that the end cuts short come
+    after it.
+
+    Args:
+        x: more than `tiles.size` frames.
+        result: `tiles` counted in fn's frames. count: fn's frames of a number of frames of x.
+        finish: applied to frames that are done, inside the loop.
+    """
+    n, (size, stride), (_, keep), blend = x.shape[1], tiles, result, result.overlap
+    y, done = jax.eval_shape(lambda x: (y := fn(x[:, : size + 1]), finish(y)), x)
+    blank = lambda frames: jnp.zeros((y.shape[0], frames, *y.shape[2:]), y.dtype)
+    results = jnp.zeros((done.shape[0], count(n), *done.shape[2:]), done.dtype)
+    ramp = (np.arange(blend, dtype=np.float32) / max(blend, 1)).reshape(-1, *(1 for _ in y.shape[2:]))
+
+    def write(results, y, begin):
+        return jax.lax.dynamic_update_slice_in_dim(results, finish(y), begin, 1)
+
+    def whole(carry, i):
+        first, before, results = carry
+        y = fn(jax.lax.dynamic_slice_in_dim(x, i * stride, size + 1, 1))
+        first, own = jnp.where(i == 0, y[:, :1], first), jnp.where(i == 0, 1.0, ramp)
+        y = jnp.concatenate([before * (1 - own) + y[:, 1 : 1 + blend] * own, y[:, 1 + blend :]], 1)
+        return (first, y[:, keep:], write(results, y[:, :keep], 1 + i * keep)), None
+
+    tiled = (n - size - 1) // stride + 1
+    (first, before, results), _ = jax.lax.scan(whole, (blank(1), blank(blend), results), jnp.arange(tiled))
+    results = write(results, first, 0)
+    for i in range(tiled, -(-n // stride)):
+        if count(n - i * stride) > 1:
+            y = _blend(before, fn(x[:, i * stride :])[:, 1:], blend, axis=1)
+            results = write(results, y[:, :keep], 1 + i * keep)
+            before = y[:, max(y.shape[1] - blend, 0) :]
+    return results
