@@ -11,6 +11,7 @@ from PIL import Image
 pytest.importorskip("optax")
 
 import jdit
+from jdit.load import ASSETS
 from jdit.nn.text.t5 import T5Config
 from jdit.nn.vae.autoencoder_kl_wan_config import AutoencoderKLWanConfig
 from jdit.train import config, drive, loop, stages, unigram, video_animate
@@ -27,6 +28,18 @@ LOOP, SEGMENT, SIZE, FACE = 10, 9, 16, 8
 def test_recipe_reads():
     cfg = config.read("fluent-animate/animate")
     assert (cfg.data.folder, cfg.data.frames, cfg.data.segment) == ("data/fluent_animate", 34, 17)
+
+
+def test_the_bundled_model_stands_for_runs_that_are_not_there(tmp_path):
+    recipe, work = RECIPES["fluent-animate"], tmp_path / "fluent-animate"
+    assert recipe.folder(work, "fluent-video/vae") == ASSETS / "fluent-video"
+    assert recipe.folder(work, "animate") == work / "animate"
+    (tmp_path / "fluent-video" / "vae").mkdir(parents=True)
+    assert recipe.folder(work, "fluent-video/vae") == tmp_path / "fluent-video" / "vae"
+    with pytest.raises(
+        ValueError, match=r"fluent-animate/animate needs fluent-video/vae first: .*result\.json is missing"
+    ):
+        stages.train_stage(recipe, "animate", work, [], None, 0.0)
 
 
 def test_motions_join_figures_that_move_together():

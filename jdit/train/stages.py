@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from jdit.load import ASSETS
 from jdit.train import portable, run
 from jdit.train.export import Layout, export
 from jdit.train.loop import RESULT
@@ -21,7 +22,8 @@ class Recipe(NamedTuple):
     """name: of the recipe and its runs' folder. layout: the stages and what each gives, see `jdit.train.export`.
 
     needs: config keys of a stage, and the stage whose folder each names. A stage of another recipe is called
-    "recipe/stage"; its folder is looked for beside this recipe's work folder, and is neither run nor packed here.
+    "recipe/stage"; its folder is looked for beside this recipe's work folder, and is neither run nor packed here. Where
+    it is not there, the bundled model that the recipe made stands for it.
     """
 
     name: str
@@ -38,8 +40,11 @@ class Recipe(NamedTuple):
         return [p for p, s in self.layout.parts.items() if s == stage]
 
     def folder(self, work: Path, stage: str) -> Path:
-        """Where a stage's run is."""
-        return work.parent / stage if "/" in stage else work / stage
+        """Where a stage's run is, or the bundled model that stands for it."""
+        if "/" not in stage:
+            return work / stage
+        run, bundled = work.parent / stage, ASSETS / stage.partition("/")[0]
+        return run if run.exists() or not bundled.is_dir() else bundled
 
 
 def pack(recipe: Recipe, work: Path, to: Path) -> list[Path]:
@@ -101,7 +106,7 @@ def train_stage(
     settings = [f'run.folder="{folder}"', f"run.stop_after={stop_after}", "run.portable=true"]
     for key, other in recipe.needs.get(stage, {}).items():
         source = recipe.folder(work, other)
-        if not (source / RESULT).is_file():
+        if not (source / RESULT).is_file() and source.parent != ASSETS:
             raise ValueError(f"{recipe.name}/{stage} needs {other} first: {source / RESULT} is missing")
         settings.append(f'{key}="{source}"')
     return run(f"{recipe.name}/{stage}", [*settings, *overrides], minutes=minutes, resume=True).finished
