@@ -35,7 +35,8 @@ class QwenImageGeneration(base.Pipeline):
     Beside the common arguments: `strength` (with image: the share of the noise that is laid on the picture, 0.6),
     `mask` (with image: a picture that is white where something new is to be generated; the rest is kept), `two_passes`
     (guidance in two calls of the transformer: half the activations), `vae_tiling` and `vae_slicing`. Pictures are drawn
-    from the autoencoder's posterior as upstream does; `seed=None` takes its mode.
+    from the autoencoder's posterior as upstream does; `seed=None` takes its mode. Without a negative prompt guidance
+    steers away from the empty one, as in every family; upstream's pipeline is then not guided, which is `guidance=1`.
     """
 
     takes = (
