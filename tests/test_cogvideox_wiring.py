@@ -54,7 +54,7 @@ def test_full_size(name):
     assert out["latents"].shape == (1, *LATENTS[name])
     assert out["pixels"].shape == (1, *PIXELS[name]) and out["pixels"].dtype == jnp.uint8
     assert pipe.pictured == (out["first"] is not None) == name.endswith("i2v")
-    assert 1e9 < pipe.activations() < 60e9
+    assert 1e9 < pipe.activations() < 80e9  # in float32, which these configs are
     if not pipe.pictured and "1.5" not in name:
         given = values | {"video": array(1, frames, height, width, 3, dtype=jnp.uint8)}
         assert check_wiring(stages(given="video", pixels=False), modules, given)["clean"].shape == (1, *LATENTS[name])
