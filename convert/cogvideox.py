@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from convert import ops
+from convert import fields, ops
 from convert.table import ALL, ConversionError, Rule
 from jdit.nn.cogvideox import CogVideoXConfig
 from jdit.sharding import Rules
@@ -32,14 +32,8 @@ def config(upstream: Mapping, *, dtype: str = "float32", rules: Rules = Rules())
     Raises:
         ValueError: a field that is not known, or a value that is not supported.
     """
-    fields = {k: v for k, v in upstream.items() if not k.startswith("_") and k not in _UNREAD}
-    if wrong := [f"{k}={fields[k]!r} (it may be {v!r})" for k, v in _FIXED.items() if fields.get(k, v) != v]:
-        raise ValueError(f"{CLASS}: {', '.join(wrong)} is not supported")
-    if unknown := sorted(set(fields) - set(_FIELDS) - set(_FIXED)):
-        raise ValueError(f"{CLASS}: unknown config fields {unknown}; known are {sorted({*_FIELDS, *_FIXED, *_UNREAD})}")
-    values = {_FIELDS[k]: v for k, v in fields.items() if k in _FIELDS}
-    if none := sorted(k for k, v in fields.items() if v is None and k not in ("ofs_embed_dim", "patch_size_t")):
-        raise ValueError(f"{CLASS}: {', '.join(none)} is null; only ofs_embed_dim and patch_size_t may be")
+    null = ("ofs_embed_dim", "patch_size_t")
+    values = fields.read(CLASS, upstream, _FIELDS, fixed=_FIXED, unread=_UNREAD, null=null)
     values["ofs_dim"] = values.get("ofs_dim") or None  # upstream takes 0 for none, too
     try:
         return CogVideoXConfig(**values, dtype=dtype, rules=rules)

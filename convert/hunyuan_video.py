@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from convert import ops
+from convert import fields, ops
 from convert.table import ALL, ConversionError, Rule
 from jdit.nn.hunyuan_video import HunyuanVideoConfig
 from jdit.sharding import Rules
@@ -27,12 +27,7 @@ def config(upstream: Mapping, *, dtype: str = "float32", rules: Rules = Rules())
     Raises:
         ValueError: a field that is not known, or a value that is not supported.
     """
-    fields = {k: v for k, v in upstream.items() if not k.startswith("_")}
-    if unknown := sorted(set(fields) - set(_FIELDS)):
-        raise ValueError(f"{CLASS}: unknown config fields {unknown}; known are {sorted(_FIELDS)}")
-    if none := sorted(k for k, v in fields.items() if v is None and k not in _NULL):
-        raise ValueError(f"{CLASS}: {', '.join(none)} is null; only {', '.join(_NULL)} may be")
-    values: dict[str, Any] = {_FIELDS[k]: v for k, v in fields.items()}
+    values = fields.read(CLASS, upstream, _FIELDS, null=_NULL)
     ratio = values.get("mlp_ratio", HunyuanVideoConfig.mlp_ratio)
     if ratio != int(ratio) or ratio < 1:
         raise ValueError(f"{CLASS}: mlp_ratio={ratio} must be a whole number from 1 on")

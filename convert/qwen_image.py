@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from convert import ops
+from convert import fields, ops
 from convert.table import ALL, ConversionError, Rule
 from jdit.nn.qwen_image import QwenImageConfig
 from jdit.sharding import Rules
@@ -29,17 +29,11 @@ def config(upstream: Mapping, *, dtype: str = "float32", rules: Rules = Rules())
     Raises:
         ValueError: a field that is not known, or a value that is not supported.
     """
-    fields = {k: v for k, v in upstream.items() if not k.startswith("_") and k not in _UNREAD}
-    if wrong := [f"{k}={fields[k]!r} (it may be {v!r})" for k, v in _FIXED.items() if fields.get(k, v) != v]:
-        raise ValueError(f"{CLASS}: {', '.join(wrong)} is not supported")
-    if unknown := sorted(set(fields) - set(_FIELDS) - set(_FIXED)):
-        raise ValueError(f"{CLASS}: unknown config fields {unknown}; known are {sorted({*_FIELDS, *_FIXED, *_UNREAD})}")
-    if none := sorted(k for k, v in fields.items() if v is None and k != "out_channels"):
-        raise ValueError(f"{CLASS}: {', '.join(none)} is null; only out_channels may be")
-    packed, size = fields.get("in_channels", 64), fields.get("patch_size", 2) ** 2
+    values = fields.read(CLASS, upstream, _FIELDS, fixed=_FIXED, unread=_UNREAD, null=("out_channels",))
+    packed, size = values.get("in_channels", 64), values.get("patch", 2) ** 2
     if packed % size:
         raise ValueError(f"{CLASS}: in_channels={packed} must be a multiple of patch_size^2 = {size}")
-    values = {_FIELDS[k]: v for k, v in fields.items() if k in _FIELDS} | {"in_channels": packed // size}
+    values["in_channels"] = packed // size
     values["rope_dims"] = tuple(values.get("rope_dims", QwenImageConfig.rope_dims))
     values["out_channels"] = values.get("out_channels", QwenImageConfig.out_channels) or packed  # upstream: or, too
     try:

@@ -4,7 +4,7 @@ import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from convert import ops
+from convert import fields, ops
 from convert.table import ALL, ConversionError, Rule
 from jdit.nn.mmdit import Group, MMDiTConfig
 from jdit.sharding import Rules
@@ -23,11 +23,8 @@ def config(upstream: dict, *, dtype: str = "float32", rules: Rules = Rules()) ->
     Raises:
         ValueError: a field that is not known, or a value that is not supported.
     """
-    fields = {k: v for k, v in upstream.items() if not k.startswith("_")}
-    caption = fields.pop("caption_projection_dim", None)
-    if unknown := sorted(set(fields) - set(_FIELDS)):
-        raise ValueError(f"SD3Transformer2DModel: unknown config fields {unknown}; known are {sorted(_FIELDS)}")
-    values = {_FIELDS[k]: v for k, v in fields.items()}
+    values = fields.read("SD3Transformer2DModel", upstream, _FIELDS | {"caption_projection_dim": "caption"})
+    caption = values.pop("caption", None)
     if values.get("out_channels", 0) is None:
         values["out_channels"] = values.get("in_channels", MMDiTConfig.in_channels)
     values["dual_layers"] = tuple(values.get("dual_layers") or ())

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
-from convert import ops
+from convert import fields, ops
 from convert.table import ALL, ConversionError, Rule
 from jdit.nn.wan import WanConfig
 from jdit.sharding import Rules
@@ -38,14 +38,11 @@ def read(
     Args:
         names: upstream's fields -> ours. more: fields that the caller has read itself into `values`, ours.
     """
-    fields = {k: v for k, v in upstream.items() if not k.startswith("_") and k not in more}
-    qk_norm, added = fields.pop("qk_norm", _QK_NORM), fields.pop("added_kv_proj_dim", None)
-    if unknown := sorted(set(fields) - set(names)):
-        known = sorted({*names, *more, "qk_norm", "added_kv_proj_dim"})
-        raise ValueError(f"{name}: unknown config fields {unknown}; known are {known}")
+    further = {"qk_norm": "qk_norm", "added_kv_proj_dim": "added"}
+    values = fields.read(name, upstream, {**names, **further}, unread=more) | values
+    qk_norm, added = values.pop("qk_norm", _QK_NORM), values.pop("added", None)
     if qk_norm not in (_QK_NORM, None):  # upstream normalises whatever it says
         raise ValueError(f"{name}: qk_norm={qk_norm!r} is not supported; it may be {_QK_NORM!r}")
-    values = {names[k]: v for k, v in fields.items()} | values
     values["patch"] = tuple(values.get("patch", make.patch))
     channels = values.get("in_channels", make.in_channels)
     values["out_channels"] = values.get("out_channels", make.out_channels) or channels

@@ -1,8 +1,5 @@
 """AutoencoderKLHunyuanVideo against diffusers: tiles of frames and of pictures, the layout, bfloat16, sizes."""
 
-import json
-from pathlib import Path
-
 import jax
 import numpy as np
 import pytest
@@ -13,11 +10,11 @@ diffusers = pytest.importorskip("diffusers")
 
 from diffusers import AutoencoderKLHunyuanVideo as Upstream  # noqa: E402
 from util_cogvideox_vae import last, noise, randomised  # noqa: E402
+from util_port import ported  # noqa: E402
 from util_text import error  # noqa: E402
 
 from convert import autoencoder_kl_hunyuan_video as hv  # noqa: E402
-from convert import registry, stream, table  # noqa: E402
-from convert.readers import open_folder  # noqa: E402
+from convert import registry, table  # noqa: E402
 from convert.table import ConversionError  # noqa: E402
 from jdit import sharding  # noqa: E402
 from jdit.nn.vae.tiling import FrameTiles, Tiles  # noqa: E402
@@ -39,13 +36,6 @@ KINDS = {
 """Configs that differ in every field that changes numbers."""
 ENCODE = jax.jit(lambda vae, x, **tiles: vae.moments(x, **tiles), static_argnames=("tiles", "frame_tiles"))
 DECODE = jax.jit(lambda vae, z, **tiles: vae.decode(z, **tiles), static_argnames=("tiles", "frame_tiles"))
-
-
-def ported(folder: Path, dtype: str = "float32"):
-    cfg = hv.config(json.loads((folder / "config.json").read_text()), dtype=dtype)
-    with open_folder(folder) as reader:
-        leaves = stream.load_leaves(reader, COMPONENT.rules(cfg), COMPONENT.targets(cfg))
-    return sharding.assemble(COMPONENT.make(cfg), leaves)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,5 @@
 """AutoencoderKLQwenImage against diffusers: pictures, tiles, layouts, sizes. The rest is in the tests of Wan's."""
 
-import json
-
 import numpy as np
 import pytest
 
@@ -11,11 +9,11 @@ diffusers = pytest.importorskip("diffusers")
 
 from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageAttentionBlock  # noqa: E402
 from test_autoencoder_kl_wan import DECODE, ENCODE, last, noise, randomise  # noqa: E402
+from util_port import ported  # noqa: E402
 from util_text import error  # noqa: E402
 
 from convert import autoencoder_kl_qwen_image as conv  # noqa: E402
-from convert import registry, stream, table  # noqa: E402
-from convert.readers import open_folder  # noqa: E402
+from convert import registry, table  # noqa: E402
 from convert.table import ConversionError  # noqa: E402
 from jdit import sharding  # noqa: E402
 from jdit.nn.vae.tiling import Tiles  # noqa: E402
@@ -29,13 +27,6 @@ KINDS = {
     ),
     "flat": dict(base_dim=4, z_dim=16),
 }  # fmt: skip
-
-
-def ported(folder, dtype: str = "float32"):
-    cfg = registry.placed(COMPONENT.config(json.loads((folder / "config.json").read_text())), dtype, sharding.Rules())
-    with open_folder(folder) as reader:
-        leaves = stream.load_leaves(reader, COMPONENT.rules(cfg), COMPONENT.targets(cfg))
-    return sharding.assemble(COMPONENT.make(cfg), leaves)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,5 @@
 """AutoencoderKLWan against diffusers: chunks, whole videos, tiles, both layouts, bfloat16, sizes."""
 
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,15 +11,14 @@ diffusers = pytest.importorskip("diffusers")
 
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanAttentionBlock  # noqa: E402
 from flax import nnx  # noqa: E402
+from util_port import ported  # noqa: E402
 from util_text import error  # noqa: E402
 from util_wan_original import needs_original, original  # noqa: E402
 
 from convert import autoencoder_kl_wan as wan  # noqa: E402
-from convert import registry, stream, table  # noqa: E402
-from convert.readers import open_folder  # noqa: E402
+from convert import registry, table  # noqa: E402
 from convert.table import ConversionError  # noqa: E402
 from jdit import sharding  # noqa: E402
-from jdit.nn.vae.autoencoder_kl_wan import AutoencoderKLWan  # noqa: E402
 from jdit.nn.vae.autoencoder_kl_wan_config import MEAN_22, STD_22, AutoencoderKLWanConfig  # noqa: E402
 from jdit.nn.vae.tiling import Tiles  # noqa: E402
 
@@ -63,13 +60,6 @@ def randomise(model, seed: int = 0):
         gain = 0.3 if p.ndim == 1 or name.endswith("gamma") else 1 / np.sqrt(np.prod(p.shape[1:]))
         p.data = torch.from_numpy(name.endswith("gamma") + gain * rng.normal(size=tuple(p.shape))).to(p.dtype)
     return model.eval().requires_grad_(False)
-
-
-def ported(folder, dtype: str = "float32") -> AutoencoderKLWan:
-    cfg = registry.placed(COMPONENT.config(json.loads((folder / "config.json").read_text())), dtype, sharding.Rules())
-    with open_folder(folder) as reader:
-        leaves = stream.load_leaves(reader, COMPONENT.rules(cfg), COMPONENT.targets(cfg))
-    return sharding.assemble(COMPONENT.make(cfg), leaves)
 
 
 @pytest.fixture(scope="module")

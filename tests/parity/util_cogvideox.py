@@ -1,17 +1,12 @@
 """Tiny CogVideoX transformers in torch, every parameter random, and their port through the real converter."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
+from util_port import ported as ported
 from util_sd3 import noise, randomise
-
-from convert import registry, stream
-from convert.readers import open_folder
-from jdit import sharding
-from jdit.sharding import Rules
 
 CLASS = "CogVideoXTransformer3DModel"
 TINY = dict(
@@ -47,15 +42,6 @@ def saved(folder: Path, **kw) -> CogVideoXTransformer3DModel:
     model = transformer(**kw)
     model.save_pretrained(folder)
     return model
-
-
-def ported(folder: Path, dtype: str = "float32", mesh=None, rules: Rules = Rules()):
-    component = registry.COMPONENTS[CLASS]
-    cfg = component.config(json.loads((folder / "config.json").read_text()))
-    cfg = registry.placed(cfg, dtype, rules)
-    with open_folder(folder) as reader:
-        leaves = stream.load_leaves(reader, component.rules(cfg), component.targets(cfg, mesh, rules))
-    return sharding.assemble(component.make(cfg), leaves)
 
 
 def inputs(config, *, sizes: tuple[int, int, int] | None = None, batch: int = 2) -> dict[str, torch.Tensor]:

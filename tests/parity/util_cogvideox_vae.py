@@ -1,18 +1,14 @@
 """Tiny CogVideoX autoencoders in torch, every parameter random, and their port through the real converter."""
 
-import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKLCogVideoX as Upstream
+from util_port import ported as ported
 
 from convert import autoencoder_kl_cogvideox as cog
-from convert import stream
 from convert.component import Component
-from convert.readers import open_folder
-from jdit import sharding
 from jdit.nn.vae.autoencoder_kl_cogvideox import AutoencoderKLCogVideoX
 
 COMPONENT = Component(cog.CLASS, AutoencoderKLCogVideoX, cog.config, cog.upstream_config, cog.rules)
@@ -49,13 +45,6 @@ def randomised(model: torch.nn.Module, seed: int) -> Any:
         centre = p.ndim == 1 and name.endswith("weight")
         p.data = torch.from_numpy(centre + gain * rng.normal(size=tuple(p.shape))).to(p.dtype)
     return model.eval().requires_grad_(False)
-
-
-def ported(folder: Path, dtype: str = "float32") -> AutoencoderKLCogVideoX:
-    cfg = cog.config(json.loads((folder / "config.json").read_text()), dtype=dtype)
-    with open_folder(folder) as reader:
-        leaves = stream.load_leaves(reader, COMPONENT.rules(cfg), COMPONENT.targets(cfg))
-    return sharding.assemble(COMPONENT.make(cfg), leaves)
 
 
 def last(x) -> np.ndarray:

@@ -1,18 +1,13 @@
 """Tiny Qwen-Image transformers in torch, every parameter random, and their port."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import QwenImageTransformer2DModel
+from util_port import ported as ported
 from util_sd3 import noise, randomise
-
-from convert import registry, stream
-from convert.readers import open_folder
-from jdit import sharding
-from jdit.sharding import Rules
 
 CLASS = "QwenImageTransformer2DModel"
 KINDS = {
@@ -38,15 +33,6 @@ def saved(folder: Path, **kw) -> QwenImageTransformer2DModel:
     model = transformer(**kw)
     model.save_pretrained(folder)
     return model
-
-
-def ported(folder: Path, dtype: str = "float32", mesh=None, rules: Rules = Rules()):
-    component = registry.COMPONENTS[CLASS]
-    cfg = component.config(json.loads((folder / "config.json").read_text()))
-    cfg = registry.placed(cfg, dtype, rules)
-    with open_folder(folder) as reader:
-        leaves = stream.load_leaves(reader, component.rules(cfg), component.targets(cfg, mesh, rules))
-    return sharding.assemble(component.make(cfg), leaves)
 
 
 def pack(x: torch.Tensor, patch: int) -> torch.Tensor:

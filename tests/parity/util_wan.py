@@ -1,17 +1,12 @@
 """Tiny Wan transformers in torch, every parameter random, and their port through the real converter."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import WanTransformer3DModel
+from util_port import ported as ported
 from util_sd3 import noise, randomise
-
-from convert import registry, stream
-from convert.readers import open_folder
-from jdit import sharding
-from jdit.sharding import Rules
 
 TINY = dict(
     patch_size=(1, 2, 2), num_attention_heads=4, attention_head_dim=8, in_channels=6, out_channels=5, text_dim=20,
@@ -50,16 +45,6 @@ def saved(folder: Path, **kw) -> WanTransformer3DModel:
     model = transformer(**kw)
     model.save_pretrained(folder)
     return model
-
-
-def ported(folder: Path, dtype: str = "float32", mesh=None, rules: Rules = Rules()):
-    config = json.loads((folder / "config.json").read_text())
-    component = registry.COMPONENTS[config["_class_name"]]
-    cfg = component.config(config)
-    cfg = registry.placed(cfg, dtype, rules)
-    with open_folder(folder) as reader:
-        leaves = stream.load_leaves(reader, component.rules(cfg), component.targets(cfg, mesh, rules))
-    return sharding.assemble(component.make(cfg), leaves)
 
 
 def inputs(config, *, grid=(3, 5, 7), text: int | None = None, batch: int = 2) -> dict[str, torch.Tensor]:
