@@ -149,20 +149,20 @@ def models():
     table = Table(box=None, pad_edge=False)
     for title in ("name", "what it is", "makes", "where it comes from"):
         table.add_column(title, no_wrap=title == "name", overflow="fold")
-    for name in zoo.BUNDLED:
-        table.add_row(name, "bundled; in the style of Fluent emoji", "128 x 128 pictures", "this package")
+    for name, plan in zoo.BUNDLED.items():
+        table.add_row(name, "bundled; in the style of Fluent emoji", _makes(plan), "this package")
     for name, variant in zoo.VARIANTS.items():
         table.add_row(name, variant.about, _makes(variant.plan), variant.source)
     _stdout().print(table)
 
 
 def _makes(plan: Any) -> str:
+    size = f"{plan.width} x {plan.height}"
     if plan.segment_frames is not None:
-        what = f"segments of {plan.segment_frames} frames"
-        return f"{what}, {plan.width} x {plan.height}, {plan.fps:g} fps"
-    if plan.num_frames is None:
-        return "pictures"
-    return f"{plan.num_frames} frames, {plan.width} x {plan.height}, {plan.fps:g} fps"
+        return f"segments of {plan.segment_frames} frames, {size}, {plan.fps:g} fps"
+    if plan.num_frames is not None:
+        return f"{plan.num_frames} frames, {size}, {plan.fps:g} fps"
+    return "pictures" if plan.width is None else f"{size} pictures"
 
 
 @main.command(epilog=EXAMPLES["train"])

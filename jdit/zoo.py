@@ -250,7 +250,7 @@ VARIANTS: dict[str, Variant] = {
 }  # fmt: skip
 
 BUNDLED: dict[str, Plan] = {
-    "fluent-image": Plan(steps=20, guidance=4.0),
+    "fluent-image": Plan(steps=20, guidance=4.0, height=128, width=128),
     "fluent-video": Plan(steps=20, guidance=4.0, height=64, width=64, max_text_tokens=512, num_frames=17, fps=6.0),
 }
 """Models inside the package (jdit/assets), by name; their configs are in their folders."""
