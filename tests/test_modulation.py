@@ -163,6 +163,13 @@ def test_the_plan_of_sd35_large():
     assert least.peak == least.least == have["transformer/loop"] + tables["modulation"] and not least.fits
 
 
+@pytest.mark.parametrize("name", ["cogvideox-5b", "qwen-image", "wan2.1-t2v-14b"])
+def test_what_depends_on_time_alone_is_always_made_before_the_loop(name):
+    pipe = dry(name, steps=10_000)
+    assert max(pipe.tables().values()) > 1e9
+    assert "modulate" in [s.name for s in pipe.usual_stages()]
+
+
 def test_the_plan_says_that_a_table_would_be_too_large():
     pipe = dry("sd3.5-large", steps=1000)
     found = memory.plan(pipe.usual_stages(), {"transformer": 7}, None, pipe.tables())

@@ -1,7 +1,7 @@
 """Modulation of all steps as a stage of its own, whose weights the sampling loop does without.
 
-Where the table of all steps would be large, and larger than the weights that it is made from, there is none: the loop
-keeps them and makes each step's modulation in the step.
+What depends on time alone is always made before the loop. A table that has a row for each prompt, too, is not where it
+would be large, and larger than the weights that it is made from: the loop keeps them and makes it in the steps.
 """
 
 import dataclasses
@@ -66,6 +66,8 @@ def weight_bytes(module: type[Any], cfg: Any, part: str) -> int:
     return sharding.tree_bytes(parts.take(_abstract(module, cfg), part))
 
 
-def tabled(module: type[Any], cfg: Any, *inputs: jax.ShapeDtypeStruct) -> bool:
-    """Whether the table of these inputs is to be made: it is small, or no larger than the weights it is made from."""
-    return table_bytes(module, cfg, *inputs) <= max(LARGE, weight_bytes(module, cfg, parts.MODULATION))
+def tabled(module: type[Any], cfg: Any, times: jax.ShapeDtypeStruct, *prompts: jax.ShapeDtypeStruct) -> bool:
+    """Whether the table of these inputs is to be made: always of times alone; with prompts if it is small, or no larger
+    than the weights it is made from."""
+    most = max(LARGE, weight_bytes(module, cfg, parts.MODULATION))
+    return not prompts or table_bytes(module, cfg, times, *prompts) <= most

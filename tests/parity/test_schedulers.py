@@ -34,11 +34,12 @@ def check(config, steps, *, clean_end=False, **kwargs):
     table = sampling.from_config(config, steps, **kwargs)
     np.testing.assert_array_equal(table.timestep, scheduler.timesteps.numpy().astype(np.float32))
     ours = solve(x, table)
-    if error(ours, expected) > 2e-5:
-        # on some processors the reference's float32 loop has not got five digits (UniPC of order 3 in 60 steps solves
-        # its systems in float32: 2.3e-5 off): then ours must be nearer to its float64 loop than it is itself
-        exact, _ = reference(config, steps, x, clean_end=clean_end, dtype=torch.float64, **kwargs)
-        assert error(ours, exact) < min(error(expected, exact), 2e-5)
+    exact, _ = reference(config, steps, x, clean_end=clean_end, dtype=torch.float64, **kwargs)
+    assert error(ours, exact) <= 1e-5
+    # UniPC of order 3 in many steps subtracts nearly equal numbers for its coefficients: in float32, as the reference
+    # does, it is itself 2.3e-5 from its float64 loop on some processors (ours, whose table is made in float64, 3e-7)
+    if not (config["_class_name"] == UNIPC and config.get("solver_order") == 3 and steps > 50):
+        assert error(ours, expected) <= 2e-5
 
 
 def check_float64(config, steps, *, clean_end=False):
