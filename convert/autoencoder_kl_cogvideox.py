@@ -4,13 +4,14 @@ Sources: diffusers models/autoencoders/autoencoder_kl_cogvideox.py and scripts/c
 The two differ in the names of levels and blocks; the original counts the decoder's levels from the finest.
 """
 
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from convert import ops
+from convert import ops, table
 from convert.ops import Op
-from convert.table import ALL, ConversionError, Rule
+from convert.table import ALL, Rule
 from jdit.nn.vae.autoencoder_kl_cogvideox_config import ACTIVATIONS, AutoencoderKLCogVideoXConfig
 from jdit.sharding import Rules
 
@@ -144,10 +145,7 @@ def original_config(
         ConversionError: a tensor that the architecture is read from is missing.
     """
 
-    def need(key: str) -> Sequence[int]:
-        if key not in shapes:
-            raise ConversionError(f"not a CogVideoX autoencoder: tensor {key} is missing")
-        return shapes[key]
+    need = functools.partial(table.need, shapes, what="CogVideoX autoencoder")
 
     block = re.compile(r"encoder\.down\.(\d+)\.block\.(\d+)\.conv1\.conv\.weight")
     blocks = [m for m in map(block.fullmatch, shapes) if m]

@@ -4,13 +4,14 @@ Source: diffusers models/autoencoders/autoencoder_kl_hunyuan_video.py and
 scripts/convert_hunyuan_video_to_diffusers.py, which renames no tensor of the autoencoder.
 """
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from convert import ops
+from convert import ops, table
 from convert.ops import Op
-from convert.table import ConversionError, Rule
+from convert.table import Rule
 from jdit.nn.vae.autoencoder_kl_hunyuan_video_config import ACTIVATIONS, AutoencoderKLHunyuanVideoConfig
 from jdit.sharding import Rules
 
@@ -100,10 +101,7 @@ def original_config(
         ConversionError: a tensor that the architecture is read from is missing.
     """
 
-    def need(key: str) -> Sequence[int]:
-        if key not in shapes:
-            raise ConversionError(f"not a HunyuanVideo autoencoder: tensor {key} is missing")
-        return shapes[key]
+    need = functools.partial(table.need, shapes, what="HunyuanVideo autoencoder")
 
     block = re.compile(r"encoder\.down_blocks\.(\d+)\.resnets\.(\d+)\.conv1\.conv\.weight")
     blocks = [m for m in map(block.fullmatch, shapes) if m]

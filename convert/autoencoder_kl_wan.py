@@ -5,13 +5,14 @@ Sources: diffusers models/autoencoders/autoencoder_kl_wan.py, loaders/single_fil
 levels differently: 2.1 counts the blocks of all levels in one row, 2.2 (`residual`) within each level.
 """
 
+import functools
 import itertools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from convert import ops
+from convert import ops, table
 from convert.ops import Op
 from convert.table import ConversionError, Rule
 from jdit.nn.vae.autoencoder_kl_wan_config import MEAN_21, MEAN_22, STD_21, STD_22, AutoencoderKLWanConfig
@@ -184,10 +185,7 @@ def original_config(
         ConversionError: a tensor that the architecture is read from is missing, or channels without statistics.
     """
 
-    def need(key: str) -> Sequence[int]:
-        if key not in shapes:
-            raise ConversionError(f"not a Wan autoencoder: tensor {key} is missing")
-        return shapes[key]
+    need = functools.partial(table.need, shapes, what="Wan autoencoder")
 
     width, in_channels = need("encoder.conv1.weight")[:2]
     out_channels, last = need("decoder.head.2.weight")[:2]

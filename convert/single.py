@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from convert.qwen2_5_vl import LANGUAGE, VISION
-from convert.table import ConversionError
+from convert.table import need
 from jdit.nn.text.clip import LEGACY_EOS, CLIPTextConfig
 from jdit.nn.text.decoder import DecoderConfig
 from jdit.nn.text.qwen2_5_vl import Qwen2_5VLConfig
@@ -27,21 +27,15 @@ def _layers(shapes: Shapes, template: str) -> int:
     return 1 + max((int(m[1]) for k in shapes if (m := pattern.match(k))), default=-1)
 
 
-def _need(shapes: Shapes, key: str, what: str) -> Sequence[int]:
-    if key not in shapes:
-        raise ConversionError(f"not a {what}: tensor {key} is missing")
-    return shapes[key]
-
-
 def clip_config(shapes: Shapes, *, act: str) -> CLIPTextConfig:
     """CLIP text tower by its keys below `text_encoders.clip_?.transformer.`.
 
     Raises:
         ConversionError: a tensor that the architecture is read from is missing.
     """
-    vocab, width = _need(shapes, "text_model.embeddings.token_embedding.weight", "CLIP text encoder")
-    positions = _need(shapes, "text_model.embeddings.position_embedding.weight", "CLIP text encoder")[0]
-    mlp = _need(shapes, "text_model.encoder.layers.0.mlp.fc1.weight", "CLIP text encoder")[0]
+    vocab, width = need(shapes, "text_model.embeddings.token_embedding.weight", "CLIP text encoder")
+    positions = need(shapes, "text_model.embeddings.position_embedding.weight", "CLIP text encoder")[0]
+    mlp = need(shapes, "text_model.encoder.layers.0.mlp.fc1.weight", "CLIP text encoder")[0]
     projection = shapes["text_projection.weight"][0] if "text_projection.weight" in shapes else width
     return CLIPTextConfig(
         vocab_size=vocab, width=width, mlp=mlp, layers=_layers(shapes, "text_model.encoder.layers.{i}"),
@@ -57,11 +51,11 @@ def t5_config(shapes: Shapes) -> T5Config:
         ConversionError: a tensor that the architecture is read from is missing.
     """
     table = "encoder.embed_tokens.weight" if "shared.weight" not in shapes else "shared.weight"
-    vocab, width = _need(shapes, table, "T5 encoder")
+    vocab, width = need(shapes, table, "T5 encoder")
     first = "encoder.block.0.layer.0.SelfAttention"
-    buckets, heads = _need(shapes, f"{first}.relative_attention_bias.weight", "T5 encoder")
-    inner = _need(shapes, f"{first}.q.weight", "T5 encoder")[0]
-    mlp = _need(shapes, "encoder.block.0.layer.1.DenseReluDense.wi_0.weight", "T5 v1.1 encoder")[0]
+    buckets, heads = need(shapes, f"{first}.relative_attention_bias.weight", "T5 encoder")
+    inner = need(shapes, f"{first}.q.weight", "T5 encoder")[0]
+    mlp = need(shapes, "encoder.block.0.layer.1.DenseReluDense.wi_0.weight", "T5 v1.1 encoder")[0]
     return T5Config(
         vocab_size=vocab, width=width, kv=inner // heads, heads=heads, mlp=mlp,
         layers=_layers(shapes, "encoder.block.{i}"), buckets=buckets,
@@ -78,13 +72,13 @@ def umt5_config(shapes: Shapes) -> T5Config:
     if "token_embedding.weight" not in shapes:
         return t5_config(shapes)
     what = "Wan UMT5 encoder"
-    vocab, width = _need(shapes, "token_embedding.weight", what)
+    vocab, width = need(shapes, "token_embedding.weight", what)
     shared = "pos_embedding.embedding.weight" in shapes
     table = "pos_embedding.embedding.weight" if shared else "blocks.0.pos_embedding.embedding.weight"
-    buckets, heads = _need(shapes, table, what)
+    buckets, heads = need(shapes, table, what)
     return T5Config(
-        vocab_size=vocab, width=width, kv=_need(shapes, "blocks.0.attn.q.weight", what)[0] // heads, heads=heads,
-        mlp=_need(shapes, "blocks.0.ffn.fc1.weight", what)[0], layers=_layers(shapes, "blocks.{i}"),
+        vocab_size=vocab, width=width, kv=need(shapes, "blocks.0.attn.q.weight", what)[0] // heads, heads=heads,
+        mlp=need(shapes, "blocks.0.ffn.fc1.weight", what)[0], layers=_layers(shapes, "blocks.{i}"),
         buckets=buckets, shared_bias=shared,
     )  # fmt: skip
 
@@ -101,10 +95,10 @@ def clip_vision_config(shapes: Shapes) -> CLIPVisionConfig:
     else:
         patches, positions = (f"{tower}embeddings.{n}_embedding.weight" for n in ("patch", "position"))
         layer, up = f"{tower}encoder.layers.{{i}}", "mlp.fc1"
-    width, channels, patch, _ = _need(shapes, patches, what)
-    side = math.isqrt(_need(shapes, positions, what)[-2] - 1)
+    width, channels, patch, _ = need(shapes, patches, what)
+    side = math.isqrt(need(shapes, positions, what)[-2] - 1)
     return CLIPVisionConfig(
-        width=width, mlp=_need(shapes, f"{layer.format(i=0)}.{up}.weight", what)[0], layers=_layers(shapes, layer),
+        width=width, mlp=need(shapes, f"{layer.format(i=0)}.{up}.weight", what)[0], layers=_layers(shapes, layer),
         image_size=side * patch, patch=patch, channels=channels,
     )  # fmt: skip
 
@@ -117,12 +111,12 @@ def vae_config(shapes: Shapes) -> AutoencoderKLConfig:
     """
     what = "Stable Diffusion 3 autoencoder"
     levels = _layers(shapes, "encoder.down.{i}")
-    channels = [_need(shapes, f"encoder.down.{i}.block.0.conv1.weight", what)[0] for i in range(levels)]
+    channels = [need(shapes, f"encoder.down.{i}.block.0.conv1.weight", what)[0] for i in range(levels)]
     return AutoencoderKLConfig(
-        in_channels=_need(shapes, "encoder.conv_in.weight", what)[1],
-        out_channels=_need(shapes, "decoder.conv_out.weight", what)[0],
+        in_channels=need(shapes, "encoder.conv_in.weight", what)[1],
+        out_channels=need(shapes, "decoder.conv_out.weight", what)[0],
         channels=tuple(channels), layers=_layers(shapes, "encoder.down.0.block.{i}"),
-        latent_channels=_need(shapes, "decoder.conv_in.weight", what)[1],
+        latent_channels=need(shapes, "decoder.conv_in.weight", what)[1],
         quant_conv="quant_conv.weight" in shapes, post_quant_conv="post_quant_conv.weight" in shapes,
         mid_attention="encoder.mid.attn_1.q.weight" in shapes,
     )  # fmt: skip
@@ -136,8 +130,8 @@ def qwen2_5_vl_config(shapes: Shapes) -> Qwen2_5VLConfig:
     """
     what, head_dim, vision_head = "Qwen2.5-VL encoder", 128, 80
     prefix = next((p for p in LANGUAGE if f"{p}embed_tokens.weight" in shapes), LANGUAGE[0])
-    vocab, width = _need(shapes, f"{prefix}embed_tokens.weight", what)
-    rows = lambda name: _need(shapes, f"{prefix}layers.0.{name}_proj.weight", what)[0]
+    vocab, width = need(shapes, f"{prefix}embed_tokens.weight", what)
+    rows = lambda name: need(shapes, f"{prefix}layers.0.{name}_proj.weight", what)[0]
     language = DecoderConfig(
         vocab_size=vocab, width=width, mlp=rows("mlp.gate"), layers=_layers(shapes, f"{prefix}layers.{{i}}"),
         heads=rows("self_attn.q") // head_dim, kv_heads=rows("self_attn.k") // head_dim,
@@ -146,10 +140,10 @@ def qwen2_5_vl_config(shapes: Shapes) -> Qwen2_5VLConfig:
     if prefix is None:
         return Qwen2_5VLConfig(language, None)
     inner, channels, frames, patch, _ = shapes[f"{prefix}patch_embed.proj.weight"]
-    merged = _need(shapes, f"{prefix}merger.mlp.0.weight", what)[1]
+    merged = need(shapes, f"{prefix}merger.mlp.0.weight", what)[1]
     tower = Qwen2_5VisionConfig(
-        width=inner, mlp=_need(shapes, f"{prefix}blocks.0.mlp.gate_proj.weight", what)[0],
+        width=inner, mlp=need(shapes, f"{prefix}blocks.0.mlp.gate_proj.weight", what)[0],
         layers=_layers(shapes, f"{prefix}blocks.{{i}}"), heads=inner // vision_head, channels=channels, patch=patch,
-        frames=frames, merge=math.isqrt(merged // inner), out=_need(shapes, f"{prefix}merger.mlp.2.weight", what)[0],
+        frames=frames, merge=math.isqrt(merged // inner), out=need(shapes, f"{prefix}merger.mlp.2.weight", what)[0],
     )  # fmt: skip
     return Qwen2_5VLConfig(language, tower)

@@ -28,6 +28,17 @@ class ConversionError(ValueError):
     """A checkpoint that does not fit the model; the message lists every problem."""
 
 
+def need(shapes: Mapping[str, Sequence[int]], key: str, what: str) -> Sequence[int]:
+    """The shape of a tensor without which a file is not `what` it was taken for.
+
+    Raises:
+        ConversionError: it is missing.
+    """
+    if key not in shapes:
+        raise ConversionError(f"not a {what}: tensor {key} is missing")
+    return shapes[key]
+
+
 class Rule(NamedTuple):
     """One line of a family's table.
 
