@@ -26,6 +26,9 @@ os.environ["XLA_FLAGS"] = " ".join([given, *(f for f in FLAGS if f.split("=")[0]
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # torch's threads wait in busy loops, which with a test process a core doubles the time of its tests
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# XLA's threads (as many as devices, on few cores) wait inside collectives: two exchanges of one device at a time leave
+# another without a thread, for ever
+os.environ.setdefault("NPROC", "32")
 
 MAPS, MOST = Path("/proc/self/maps"), 20_000
 """Memory areas of this process. Each compiled program takes some, and Linux gives a process 65,530: past that XLA
