@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from util_random import randomised
 
-from jdit import sharding
 from jdit.nn.vae import causal
 from jdit.nn.vae.autoencoder_kl_hunyuan_video import AutoencoderKLHunyuanVideo, CausalAttentionBlock
 from jdit.nn.vae.autoencoder_kl_hunyuan_video_config import AutoencoderKLHunyuanVideoConfig
@@ -32,26 +32,12 @@ def shapes(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
-def randomised(make, mesh=None):
-    """Every leaf random, norms and biases too."""
-    rng, leaves = np.random.default_rng(0), {}
-    for path, leaf in sharding.abstract(make, mesh)[1].items():
-        gain = 0.3 if path[-1] in ("scale", "bias") else np.prod(leaf.shape[:-1]) ** -0.5
-        value = (path[-1] == "scale") + gain * rng.normal(size=leaf.shape)
-        leaves[path] = jax.device_put(jnp.asarray(value, leaf.dtype), leaf.sharding)
-    return sharding.assemble(make, leaves)
-
-
-def build(mesh=None) -> AutoencoderKLHunyuanVideo:
-    return randomised(lambda: AutoencoderKLHunyuanVideo(TINY, rngs=nnx.Rngs(0)), mesh)
-
-
 Z, X = noise(2, 9, 4, 3, 3), noise(2, 33, 16, 9, 3)
 
 
 @pytest.fixture(scope="module")
 def vae():
-    return build()
+    return randomised(lambda: AutoencoderKLHunyuanVideo(TINY, rngs=nnx.Rngs(0)))
 
 
 @pytest.fixture(scope="module")
@@ -90,16 +76,6 @@ def test_memory_does_not_grow_with_the_length(method):
         sizes.append(memory.temp_size_in_bytes)
     assert sizes[0] > 1e5
     assert sizes[1] < 1.1 * sizes[0]
-
-
-def test_eight_devices_equal_one(whole):
-    mesh = sharding.make_mesh(data=2, sequence=4)
-    with jax.set_mesh(mesh):
-        placed = build(mesh)
-        got = [jax.block_until_ready(fn(placed, x)) for fn, x in ((decode, Z), (encode, X))]
-        assert "sequence" in got[0].sharding.spec
-    assert error(got[0], whole[0]) < 1e-5
-    assert error(got[1], whole[1]) < 1e-5
 
 
 def test_attention_sees_no_later_frame():
