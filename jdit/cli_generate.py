@@ -68,7 +68,7 @@ def _mesh(text: str | None):
 @click.option("--fps", type=float, help="Frames a second that the video is played at.  [default: the model's]")
 @click.option("--steps", type=click.IntRange(1), help="Solver steps.  [default: the model's]")
 @click.option("--guidance", type=float,
-              help="Classifier-free scale, 1 is off; or that which is told.  [default: the model's]")  # fmt: skip
+              help="Scale: classifier-free, where 1 is off, or embedded.  [default: the model's]")  # fmt: skip
 @click.option("--guidance-2", "guidance_2", type=float,
               help="That of the second transformer (the last, less noisy steps).  [default: the model's]")  # fmt: skip
 @click.option("--true-guidance", type=float,
