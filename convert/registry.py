@@ -9,9 +9,22 @@ from convert import autoencoder_kl_cogvideox as cogvideox_vae
 from convert import autoencoder_kl_hunyuan_video as hunyuan_vae
 from convert import autoencoder_kl_qwen_image as qwen_vae
 from convert import autoencoder_kl_wan as wan_vae
-from convert import clip, clip_vision, cogvideox, hunyuan_video, qwen2_5_vl, qwen_image, sd3, t5, wan, wan_animate
+from convert import (
+    clip,
+    clip_vision,
+    cogvideox,
+    hunyuan_video,
+    llama,
+    qwen2_5_vl,
+    qwen_image,
+    sd3,
+    t5,
+    wan,
+    wan_animate,
+)
 from convert.component import Component
 from convert.families import cogvideox as cogvideox_family
+from convert.families import hunyuan_video as hunyuan_family
 from convert.families import qwen_image as qwen_family
 from convert.families import sd3 as sd3_family
 from convert.families import wan as wan_family
@@ -24,6 +37,7 @@ from jdit.nn.hunyuan_video import HunyuanVideo
 from jdit.nn.mmdit import MMDiT
 from jdit.nn.qwen_image import QwenImage
 from jdit.nn.text.clip import CLIPText
+from jdit.nn.text.decoder import Decoder
 from jdit.nn.text.qwen2_5_vl import Qwen2_5VL
 from jdit.nn.text.t5 import T5
 from jdit.nn.vae.autoencoder_kl import AutoencoderKL
@@ -53,6 +67,10 @@ def _t5(name: str) -> Component:
     return Component(name, T5, read, t5.upstream_config, t5.rules, "transformers")
 
 
+def _llama(name: str) -> Component:
+    return Component(name, Decoder, llama.config, llama.upstream_config, llama.rules, "transformers")
+
+
 COMPONENTS: dict[str, Component] = {
     c.upstream_class: c
     for c in (
@@ -68,6 +86,8 @@ COMPONENTS: dict[str, Component] = {
         Component(
             qwen2_5_vl.CLASS, Qwen2_5VL, qwen2_5_vl.config, qwen2_5_vl.upstream_config, qwen2_5_vl.rules, "transformers"
         ),
+        _llama(llama.CLASS),
+        _llama(llama.CAUSAL),
         Component("WanTransformer3DModel", Wan, wan.config, wan.upstream_config, wan.rules),
         Component(
             "WanAnimateTransformer3DModel", WanAnimate, wan_animate.config, wan_animate.upstream_config,
@@ -96,7 +116,7 @@ COMPONENTS: dict[str, Component] = {
 FAMILIES: dict[str, Family] = {
     "sd3": sd3_family.FAMILY, "wan": wan_family.FAMILY, "wan-animate": animate_family.FAMILY,
     "cogvideox": cogvideox_family.FAMILY, "qwen-image": qwen_family.FAMILY, "qwen-image-edit": qwen_family.EDIT,
-    "qwen-image-edit-plus": qwen_family.EDIT_PLUS,
+    "qwen-image-edit-plus": qwen_family.EDIT_PLUS, "hunyuan-video": hunyuan_family.FAMILY,
 }  # fmt: skip
 """Our name of a family -> what its checkpoints hold."""
 
