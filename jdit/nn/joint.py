@@ -136,8 +136,8 @@ class JointBlock(nnx.Module):
         """Attention of both streams' queries, keys and values; the results apart."""
         n, turn = image[1].shape[1], lambda a, rope: a if rope is None else apply_rope(a, rope)
         if self.cfg.rules.ways("seq") > 1:  # each device has a slice of either stream: joining would move them
-            halves = (None,) * 2 if rope is None else (_rows(rope, slice(n)), _rows(rope, slice(n, None)))
-            parts = [(turn(q, r), turn(k, r), v) for (q, k, v), r in zip((image, context), halves)]
+            ropes = (None, None) if rope is None else _cut(rope, n, self.cfg.rules)
+            parts = [(turn(q, r), turn(k, r), v) for (q, k, v), r in zip((image, context), ropes)]
             return attend_parts(parts, rules=self.cfg.rules, **kw)
         # norms carry the joining of q and k along, v comes as it is
         joins = (_join if self.cfg.qk_norm is None else _concatenate,) * 2 + (_join,)
@@ -162,8 +162,11 @@ def modulation_rows(blocks, stream: Callable[[Any], Any], emb: Float[Array, "*S 
     return jax.lax.map(lambda block: layers.dense32(stream(block).mod, emb), blocks)
 
 
-def _rows(rope: Rope, tokens: slice) -> Rope:
-    return Rope(rope.cos[..., tokens, :], rope.sin[..., tokens, :])
+def _cut(rope: Rope, n: int, rules: Rules) -> tuple[Rope, Rope]:
+    """The table of the first `n` tokens and that of the others, whole on each device: cut where it is spread, its rows
+    would have to move."""
+    whole = lambda a: shard(a, None, None, rules=rules)
+    return tuple(Rope(*(whole(whole(a)[..., part, :]) for a in rope)) for part in (slice(n), slice(n, None)))
 
 
 def _concatenate(image, context):
