@@ -176,7 +176,7 @@ HloModule example, num_partitions=8
 ENTRY %main.4 (a: bf16[2,8], b: f32[4]) -> f32[8] {
   %a = bf16[2,8]{1,0} parameter(0)
   %b = f32[4]{0} parameter(1)
-  %while.1 = (s32[], bf16[2,8]) while(%a), condition=%cond.1, body=%body.1, backend_config={"known_trip_count":{"n":"5"}}
+  %while.1 = (s32[], bf16[2,8]) while(%a), condition=%c.1, body=%body.1, backend_config={"known_trip_count":{"n":"5"}}
   %start = ((f32[4]{0}), f32[8]{0}) async-start(%b), calls=%async_computation.2
   %done = f32[8]{0} async-done(%start)
   %permute = (f32[4]{0}, f32[4]{0}, u32[], u32[]) collective-permute-start(%b), source_target_pairs={{0,1},{1,0}}
