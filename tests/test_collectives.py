@@ -154,6 +154,34 @@ def test_layout_of_activations(name, sizes, monkeypatch):
             assert s.is_equivalent_to(at("data", "sequence", *rest), ndim), (what, s)
 
 
+@pytest.mark.parametrize("name", ["wan", "hunyuan"])
+def test_a_network_gathers_its_output_alone(name):
+    """Layers run in loops, in which there are all-to-alls only. Outside of them the streams of HunyuanVideo are joined
+    once, and the result is put in order."""
+    mesh, rules, (frames, rows, columns) = make_mesh(sequence=8), Rules(), (3, 6, 10)
+    place = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32, sharding=NamedSharding(mesh, P()))
+    x = place(B, frames, rows, columns, 4)
+    small: dict = dict(heads=HEADS, head_dim=K, in_channels=4, out_channels=4, text_dim=16, rules=rules)
+    if name == "wan":
+        cfg = WanConfig(layers=3, mlp=4 * D, **small)
+        make = lambda: wan.Wan(cfg, rngs=nnx.Rngs(0))
+        keys = place(3, B, 13, HEADS, K)
+        args = wan.Modulation(place(B, frames, 6, D), place(B, frames, 2, D)), Context((keys, keys), None)
+    else:
+        cfg = HunyuanVideoConfig(layers=3, single_layers=3, rope_dims=(2, 2, 4), **small)
+        make = lambda: hunyuan_video.HunyuanVideo(cfg, rngs=nnx.Rngs(0))
+        rows_of = (place(3, B, 1, n, D) for n in (6, 6, 3))
+        args = hunyuan_video.Modulation(*rows_of, place(B, 2, D)), place(B, 13, D)
+    with jax.set_mesh(mesh):
+        net = sharding.assemble(make, sharding.abstract(make, mesh, rules)[1])
+        found = collectives(jax.jit(lambda net, *a: net.velocity(*a)).lower(net, x, *args).compile().as_text())
+    inside, once = ([c for c in found if (c.times == 3) == loop] for loop in (True, False))
+    assert counts(inside) == {"all-to-all": 2 if name == "wan" else 4}
+    latents = 4 * B * 48 * 2 * 2 * 4  # 45 tokens, padded
+    assert sum(c.bytes for c in once if c.kind == "all-gather") == latents
+    assert {c.times for c in once} == {1} and all(c.bytes < 4 * B * D * 45 for c in once if c.kind != "all-gather")
+
+
 HLO = """
 HloModule example, num_partitions=8
 

@@ -122,8 +122,8 @@ SPREAD = [dict(sequence=8), dict(data=2, sequence=2, tensor=2)]
 @pytest.mark.parametrize("tokens", [21, 5])
 def test_keys_that_are_whole(sizes, tokens):
     """Fewer tokens than devices are not spread."""
-    q, k, v = draw(3, tokens, 7, 7, heads=3)
-    lengths, counts = jnp.array([5, 7]), jnp.ones(7).at[2].set(3.0)
+    q, k, v = draw(3, tokens, 9, 9, heads=3)
+    lengths, counts = jnp.array([5, 9]), jnp.ones(9).at[2].set(3.0)
     call = lambda *a: attend(*a[:3], rules=Rules(), whole_keys=True, kv_lengths=a[3], key_counts=a[4])
     want = flat(attention(q, k, v, kv_lengths=lengths, key_counts=counts))
     assert relative(run(sizes, call, q, k, v, lengths, counts), want) < 1e-5

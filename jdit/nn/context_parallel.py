@@ -43,8 +43,10 @@ def attend(
     Raises:
         ValueError: `rules.exchange` asks for a form that cannot be had.
     """
-    if not whole_keys or _whole(q.shape[1], rules):
+    if not whole_keys:
         return attend_parts([(q, k, v)], rules=rules, kv_lengths=kv_lengths, key_counts=key_counts)[0]
+    if _whole(q.shape[1], rules):
+        return attend_whole(q, k, v, rules=rules, kv_lengths=kv_lengths, key_counts=key_counts)
     _log_choice("local, keys are whole", rules.ways("seq"), (q.shape[1],), (k.shape[1],), q.shape[2], 0)
 
     def local(q: Tokens, k: Tokens, v: Tokens, lengths: Lengths, counts) -> Tokens:
