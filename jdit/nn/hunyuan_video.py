@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jdit.nn import layers
-from jdit.nn.attention import attend
+from jdit.nn.context_parallel import attend
 from jdit.nn.joint import JointBlock, SelfAttention, gated_add, modulation_rows, of_tokens
 from jdit.nn.patch import patch_grid, patchify_3d, unpatchify_3d
 from jdit.nn.rope import Rope, apply_rope, grid_rope
@@ -179,7 +179,7 @@ class SingleBlock(nnx.Module):
             q, k = apply_rope(q, rope), apply_rope(k, rope)
             seen = attend(q, k, v, rules=self.cfg.rules, kv_lengths=kv_lengths)
         with jax.named_scope("mlp"):
-            # attention's output in the place of v: a selection, where a concatenation is slow on GPUs (joint._join)
+            # attention's output in the place of v: a selection, where a concatenation is slow on GPUs (exchange.joined)
             is_seen = np.arange(1 + self.cfg.mlp_ratio)[:, None] == 0
             both = jnp.where(is_seen, seen[:, :, None], layers.gelu_tanh(parts[:, :, 2:]))
             h = gated_add(h, self.out(both), gate)

@@ -1,0 +1,174 @@
+"""Attention on a mesh, where tokens are spread over devices (context or sequence parallelism).
+
+Legend: B batch, N query tokens, S key tokens, T frames, H heads, K head dim, D = H K.
+
+Each device has a slice of the tokens (`rules.seq`) of some of the samples and heads (`rules.batch`, `rules.heads`).
+Which function is called says where the keys are: spread like the queries (`attend`, `attend_parts`), or whole on each
+device, so that nothing is sent (`attend` with whole_keys, `attend_frames`). `attend_whole` is for sequences that are
+whole altogether. Outside of a mesh, or where it does not spread tokens, all are plain `attention`.
+"""
+
+import functools
+import logging
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
+
+from jdit.nn.attention import Lengths, attention
+from jdit.nn.exchange import Part, Tokens, attend_slices, choose, joined, split
+from jdit.sharding import Rules, shard
+
+log = logging.getLogger("jdit")
+
+
+def attend(
+    q: Float[Array, "B N H K"],
+    k: Float[Array, "B S H K"],
+    v: Float[Array, "B S H K"],
+    *,
+    rules: Rules,
+    kv_lengths: Lengths = None,
+    key_counts: Float[Array, "S"] | None = None,
+    whole_keys: bool = False,
+) -> Float[Array, "B N D"]:
+    """`attention` of tokens that are spread; the heads come back side by side.
+
+    Args:
+        kv_lengths, key_counts: as of `attention`.
+        whole_keys: keys and values are whole on each device (text, a picture): queries attend where they are.
+
+    Raises:
+        ValueError: `rules.exchange` asks for a form that cannot be had.
+    """
+    if not whole_keys:
+        return attend_parts([(q, k, v)], rules=rules, kv_lengths=kv_lengths, key_counts=key_counts)[0]
+    if _whole(q.shape[1], rules):
+        return attend_whole(q, k, v, rules=rules, kv_lengths=kv_lengths, key_counts=key_counts)
+    _log_choice("local, keys are whole", rules.ways("seq"), (q.shape[1],), (k.shape[1],), q.shape[2], 0)
+
+    def local(q: Tokens, k: Tokens, v: Tokens, lengths: Lengths, counts) -> Tokens:
+        return attention(q, k, v, kv_lengths=lengths, key_counts=counts)
+
+    return _local(local, q, (k, v), (kv_lengths, key_counts), rules)
+
+
+def attend_parts(
+    parts: Sequence[Part],
+    *,
+    rules: Rules,
+    kv_lengths: Lengths = None,
+    key_counts: Float[Array, "S"] | None = None,
+) -> list[Float[Array, "B N D"]]:
+    """`attend` among the tokens of all parts of a sequence, each part spread by itself; the results a part.
+
+    Args:
+        parts: queries, keys and values (B, tokens, H, K); a part may have no queries.
+        kv_lengths, key_counts: of the joined sequence, the parts one after another, so that lengths cut the last.
+
+    Raises:
+        ValueError: as of `attend`.
+    """
+    q = parts[0][0]
+    sizes = tuple(tuple(a.shape[1] for a in some) for some in zip(*parts))
+    if _whole(max(map(max, sizes)), rules):
+        out = attend_whole(*map(joined, zip(*parts)), rules=rules, kv_lengths=kv_lengths, key_counts=key_counts)
+        return split(out, sizes[0])
+    ways, tensor, heads = rules.ways("seq"), rules.ways("heads"), q.shape[2]
+    form = choose(-(-heads // tensor), ways, rules.exchange)
+    _log_choice(str(form), ways, sizes[0], sizes[1], heads, form.heads * tensor - heads)
+    tokens, _, batch = _specs(q.shape[0], rules)
+    run = functools.partial(attend_slices, sizes, rules.axes("seq"), form)
+    padded = [tuple(_pad(a, ways, tensor) for a in part) for part in parts]
+    out = _shard_map(run, ([(tokens,) * 3] * len(parts), batch, P()), [tokens] * len(parts))(
+        padded, kv_lengths, key_counts
+    )  # fmt: skip
+    return [_cut(o, n, heads) for o, n in zip(out, sizes[0])]
+
+
+def attend_frames(
+    q: Float[Array, "B T*n H K"], k: Float[Array, "B T S H K"], v: Float[Array, "B T S H K"], *, rules: Rules
+) -> Float[Array, "B T*n D"]:
+    """`attention` of each frame's n tokens to the keys of that frame, which are whole on each device.
+
+    Frames end where no slice of the tokens does: a device puts its slice into the frames that it touches.
+    """
+    (b, total, heads, d), frames = q.shape, k.shape[1]
+    n = total // frames
+    fold = lambda a, tokens: a.reshape(-1, tokens, *a.shape[-2:])
+    if _whole(total, rules):
+        q = shard(q, "batch", None, "attn", None, rules=rules)
+        out = attend_whole(fold(q, n), *(fold(a, a.shape[2]) for a in (k, v)), rules=rules)
+        return out.reshape(b, total, heads * d)
+
+    def local(q: Tokens, k, v) -> Tokens:
+        held = q.shape[1]
+        start = jax.lax.axis_index(rules.axes("seq")) * held
+        first, offset, some = start // n, start % n, (held + n - 2) // n + 1
+        rows = jnp.zeros((q.shape[0], some * n, *q.shape[2:]), q.dtype)
+        rows = jax.lax.dynamic_update_slice_in_dim(rows, q, offset, 1)
+        past = lambda a: jnp.pad(a, ((0, 0), (0, some), *((0, 0),) * 3))
+        own = lambda a: fold(jax.lax.dynamic_slice_in_dim(past(a), first, some, 1), a.shape[2])
+        out = attention(fold(rows, n), own(k), own(v)).reshape(rows.shape)
+        return jax.lax.dynamic_slice_in_dim(out, offset, held, 1)
+
+    return _local(local, q, (k, v), (), rules)
+
+
+def attend_whole(
+    q: Float[Array, "B N H K"],
+    k: Float[Array, "B S H K"],
+    v: Float[Array, "B S H K"],
+    *,
+    rules: Rules,
+    kv_lengths: Lengths = None,
+    key_counts: Float[Array, "S"] | None = None,
+    causal: bool = False,
+) -> Float[Array, "B N D"]:
+    """`attention` of sequences that are whole on each device (text encoders): heads alone are spread (`rules.attn`)."""
+    q, k, v = (shard(a, "batch", None, "attn", None, rules=rules) for a in (q, k, v))
+    out = attention(q, k, v, kv_lengths=kv_lengths, key_counts=key_counts, causal=causal)
+    return out.reshape(*q.shape[:2], -1)
+
+
+def _whole(tokens: int, rules: Rules) -> bool:
+    """Nothing spreads so many tokens (`shard` leaves fewer than there are devices whole)."""
+    return rules.ways("seq") == 1 or tokens < rules.ways("seq")
+
+
+def _local(fn, q: Tokens, kv: Sequence[Array], given: Sequence, rules: Rules) -> Float[Array, "B N D"]:
+    """`fn` of a device's slice of queries, whole keys and values (B, ..., H, K), and `given`: lengths and counts."""
+    ways, tensor = rules.ways("seq"), rules.ways("heads")
+    tokens, head, batch = _specs(q.shape[0], rules)
+    whole = lambda a: P(*batch, *(None,) * (a.ndim - 3), head, None)
+    run = _shard_map(fn, (tokens, *map(whole, kv), *(batch, P())[: len(given)]), tokens)
+    out = run(_pad(q, ways, tensor), *(_pad(a, 1, tensor) for a in kv), *given)
+    return _cut(out, q.shape[1], q.shape[2])
+
+
+def _specs(samples: int, rules: Rules):
+    """(PartitionSpec of tokens (B, N, H, K), what its heads are spread over, PartitionSpec of samples)."""
+    batch, seq, head, _ = rules.spec(("batch", "seq", "heads", None))
+    batch = batch if samples % rules.ways("batch") == 0 else None
+    return P(batch, seq, head, None), head, P(batch)
+
+
+def _shard_map(fn, in_specs, out_specs):
+    return jax.shard_map(fn, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def _pad(a: Array, tokens: int, heads: int) -> Array:
+    """(B, N, ..., H, K) to multiples of tokens and heads, which shard_map wants."""
+    return jnp.pad(a, ((0, 0), (0, -a.shape[1] % tokens), *((0, 0),) * (a.ndim - 4), (0, -a.shape[-2] % heads), (0, 0)))
+
+
+def _cut(out: Tokens, tokens: int, heads: int) -> Float[Array, "B N D"]:
+    return out[:, :tokens, :heads].reshape(out.shape[0], tokens, heads * out.shape[-1])
+
+
+@functools.lru_cache(maxsize=64)
+def _log_choice(form: str, ways: int, queries: tuple[int, ...], keys: tuple[int, ...], heads: int, added: int):
+    zeros = f" and {added} of zeros" if added else ""
+    log.info("attention over %d devices: %s; queries %s, keys %s, heads %d%s", ways, form, queries, keys, heads, zeros)
