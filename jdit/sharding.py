@@ -6,14 +6,15 @@ module config and is therefore part of every jit key.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Collection, Iterator
-from typing import Any
+from typing import Any, cast
 
 import jax
 from flax import nnx
 from flax.typing import PathParts
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 MESH_AXES = ("data", "sequence", "tensor")
@@ -29,6 +30,8 @@ class Rules:
     and the activations that they make; embed is the model width of parameters alone, so that weights may be spread over
     the axes that activations have their batch on (FSDP). attn: the heads of an attention call, where the sequence is
     whole again (Ulysses).
+
+    Presets, which `Rules.named` and the command line know by name: `tensor` (as it stands), `replicated`, `fsdp`.
     """
 
     batch: MeshAxis = "data"
@@ -40,6 +43,32 @@ class Rules:
     mlp: MeshAxis = "tensor"
     vocab: MeshAxis = None
     attn: MeshAxis = ("tensor", "sequence")
+
+    @classmethod
+    def tensor(cls) -> "Rules":
+        """Weights spread over the tensor axis, by heads and the width of the MLPs: the default."""
+        return cls()
+
+    @classmethod
+    def replicated(cls) -> "Rules":
+        """All weights on every device."""
+        return cls(heads=None, mlp=None)
+
+    @classmethod
+    def fsdp(cls) -> "Rules":
+        """As `tensor`, and by the model's width over data and sequence: weights are gathered a layer at a time."""
+        return cls(embed=("data", "sequence"))
+
+    @classmethod
+    def named(cls, name: str) -> "Rules":
+        """A preset.
+
+        Raises:
+            ValueError: no such name.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"rules={name!r}; there are {', '.join(PRESETS)}")
+        return getattr(cls, name)()
 
     def spec(self, axes: tuple[str | None, ...], ndim: int | None = None) -> P:
         """PartitionSpec of right-aligned logical axes.
@@ -68,15 +97,56 @@ class Rules:
         return P(*entries)
 
 
+PRESETS = ("replicated", "fsdp", "tensor")
+
+
+def mesh_sizes(text: str) -> dict[str, int]:
+    """The axes of a mesh written as "data=2,sequence=4".
+
+    Raises:
+        ValueError: an axis that is not known or is named twice, or no whole number of at least 1.
+    """
+    sizes: dict[str, int] = {}
+    for item in text.split(","):
+        name, _, size = (part.strip() for part in item.partition("="))
+        if name not in MESH_AXES:
+            raise ValueError(f"{item!r}: no axis {name!r}; there are {', '.join(MESH_AXES)}, as data=2,sequence=4")
+        if name in sizes:
+            raise ValueError(f"{item!r}: {name} is there twice")
+        if not (size.isascii() and size.isdigit() and int(size)):
+            raise ValueError(f"{item!r}: {name} must be a whole number of devices, 1 or more")
+        sizes[name] = int(size)
+    return sizes
+
+
 def make_mesh(*, data: int = 1, sequence: int = 1, tensor: int = 1) -> Mesh:
-    """A mesh over the first data*sequence*tensor devices. Auto axis types: Explicit is jax.make_mesh's default."""
+    """A mesh over data*sequence*tensor devices: the first ones, of several processes as many of each.
+
+    Raises:
+        ValueError: fewer devices than that, or processes that would have unequal shares.
+    """
     sizes = (data, sequence, tensor)
-    need, have = data * sequence * tensor, jax.device_count()
+    need, have, processes = math.prod(sizes), jax.device_count(), jax.process_count()
+    what = f"mesh data={data}, sequence={sequence}, tensor={tensor} needs {need} devices"
     if min(sizes) < 1 or need > have:
-        raise ValueError(
-            f"mesh data={data}, sequence={sequence}, tensor={tensor} needs {need} devices; there are {have}"
-        )
-    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:need])
+        raise ValueError(f"{what}; there are {have}")
+    if need % processes:
+        raise ValueError(f"{what}, which are not as many of each of the {processes} processes")
+    # Auto axis types: jax.make_mesh's own default is Explicit
+    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=_first(need // processes))
+
+
+def _first(each: int) -> list[jax.Device]:
+    """So many devices of each process, one process after another: those of a host stay together on the inner axes."""
+    return [d for p in range(jax.process_count()) for d in [d for d in jax.devices() if d.process_index == p][:each]]
+
+
+def planned_mesh(*, data: int = 1, sequence: int = 1, tensor: int = 1) -> AbstractMesh:
+    """A mesh of devices that need not be there, to plan with: `abstract` and memory plans take it."""
+    return AbstractMesh((data, sequence, tensor), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+AnyMesh = Mesh | AbstractMesh
 
 
 def _fit(spec: P, shape: tuple[int, ...], sizes: dict[str, int]) -> P:
@@ -102,12 +172,12 @@ def shard(x: jax.Array, *axes: str | None, rules: Rules) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, _fit(rules.spec(axes, x.ndim), x.shape, dict(mesh.shape)))
 
 
-def param_sharding(var: nnx.Variable, shape: tuple[int, ...], mesh: Mesh, rules: Rules) -> NamedSharding:
+def param_sharding(var: nnx.Variable, shape: tuple[int, ...], mesh: AnyMesh, rules: Rules) -> NamedSharding:
     axes = var.get_metadata().get("axes", ())
     return NamedSharding(mesh, _fit(rules.spec(axes, len(shape)), shape, dict(mesh.shape)))
 
 
-def abstract(make: Callable[[], nnx.Module], mesh: Mesh | None = None, rules: Rules | None = None):
+def abstract(make: Callable[[], nnx.Module], mesh: AnyMesh | None = None, rules: Rules | None = None):
     """Describe a module without allocating it.
 
     Returns:
@@ -158,6 +228,34 @@ def bytes_a_device(leaf: jax.ShapeDtypeStruct) -> int:
     """Bytes of a leaf of `abstract` on each device."""
     placed: Any = getattr(leaf, "sharding", None)
     return math.prod(leaf.shape if placed is None else placed.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+
+def whole(tree: Any) -> Any:
+    """The same values, with arrays of which devices of other processes hold parts put on every device: NumPy can then
+    read them. All processes must call it."""
+
+    def one(x: Any) -> Any:
+        if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
+            return x
+        everywhere = NamedSharding(cast(NamedSharding, x.sharding).mesh, P())
+        return _copy_to(everywhere)(x)
+
+    return jax.tree.map(one, tree)
+
+
+@functools.cache
+def _copy_to(where: NamedSharding) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(lambda x: x, out_shardings=where)
+
+
+def box(leaf: jax.ShapeDtypeStruct) -> tuple[slice, ...]:
+    """The part of a leaf of `abstract` that the devices of this process hold, as one block."""
+    placed: Any = getattr(leaf, "sharding", None)
+    if placed is None:
+        return tuple(slice(0, n) for n in leaf.shape)
+    held = [i for i in placed.addressable_devices_indices_map(leaf.shape).values()]
+    spans = [[s[axis].indices(n) for s in held] for axis, n in enumerate(leaf.shape)]
+    return tuple(slice(min(s[0] for s in span), max(s[1] for s in span)) for span in spans)
 
 
 def dotted(path: Path) -> str:
