@@ -3,6 +3,7 @@
 Everything is planned from the headers first, so that all problems are known before any weight is read.
 """
 
+import functools
 import hashlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,7 +18,7 @@ from convert.readers import Reader
 from convert.table import ConversionError, Fill, Rule, Source, cast_dtype, common_dtype, fill, match, summary
 from convert.write import LeafOnDisk
 from jdit.blocks import Leaf, block_rows
-from jdit.sharding import Path, dotted
+from jdit.sharding import Path, box, dotted
 
 Targets = Mapping[Path, jax.ShapeDtypeStruct]
 
@@ -146,7 +147,8 @@ def load_leaves(
     on_leaf: Callable[[Path], None] | None = None,
     only: Collection[Path] | None = None,
 ) -> dict[Path, Array]:
-    """Read a component into memory, each leaf put to its target's sharding before the next is read.
+    """Read a component into memory, each leaf put to its target's sharding before the next is read. Of several
+    processes each reads what its devices hold.
 
     Args:
         targets: path -> shape, dtype and (optional) sharding; see `sharding.abstract`.
@@ -157,17 +159,29 @@ def load_leaves(
     Raises:
         ConversionError: keys and leaves that do not fit, all of them, before anything is read.
     """
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     out = {}
     for path, f in _plan(reader, rules, targets):
         if only is not None and path not in only:
             continue
         if on_leaf is not None:
             on_leaf(path)
-        host = fill(f, reader.read, _stored_dtype(reader, f, f.dtype if dtype is None else dtype))
+        held = box(targets[path])
+        host = fill(f, reader.read, _stored_dtype(reader, f, f.dtype if dtype is None else dtype), held)
+        part = functools.partial(_part, host, held)
         sharding = targets[path].sharding or here
-        out[path] = jax.block_until_ready(jax.make_array_from_callback(f.shape, sharding, lambda i, host=host: host[i]))
+        out[path] = jax.block_until_ready(jax.make_array_from_callback(f.shape, sharding, part))
     return out
+
+
+def _part(host: np.ndarray, held: Sequence[slice], index: tuple[slice, ...]) -> np.ndarray:
+    """`leaf[index]`, of which `host` is the block `held`."""
+    return host[
+        tuple(
+            slice((i.start or 0) - h.start, (h.stop if i.stop is None else i.stop) - h.start)
+            for i, h in zip(index, held)
+        )
+    ]
 
 
 def check(

@@ -238,7 +238,7 @@ def restore(
     root = Path(os.path.abspath(folder)) / component
     arrays = stored(folder, component)
     _raise(misfits(folder, component, arrays, targets, partly=partly), root)
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     wanted = [path for path in targets if only is None or path in only]
     further = [tuple(name.split(".")) for name in arrays.keys() - {dotted(path) for path in targets}]
     item = dict.fromkeys([*targets, *further], ocp.PLACEHOLDER) | {path: targets[path] for path in wanted}

@@ -186,6 +186,10 @@ class Pipeline:
         are too large to be made: see `jdit.pipeline.modulation`)."""
         return {}
 
+    def tokens(self) -> int:
+        """Tokens of the picture or video of a usual call, which a mesh's sequence axis divides."""
+        raise TypeError(f"{type(self).__name__} is abstract: use a family's pipeline")
+
     def activations(self) -> float:
         """Bytes that a usual call needs beside the weights, about; 0 where nobody has measured."""
         return 0.0

@@ -267,6 +267,11 @@ class StableDiffusion3(base.Pipeline):
         """See the base class."""
         return {"modulation": modulation.table_bytes(*self._modulation())}
 
+    def tokens(self) -> int:
+        """See the base class."""
+        height, width = self.size()
+        return (height // self.size_multiple) * (width // self.size_multiple)
+
     def _modulation(self, steps: int | None = None, prompts: int | None = None) -> tuple[Any, ...]:
         """What the size of a table depends on; `prompts` counts the negative ones."""
         cfg, usual = self.parts.configs["transformer"], 2 if self.plan.guidance > 1 else 1
