@@ -30,6 +30,10 @@ Examples:
   jdit generate "a cat surfing" --model DIR --mesh data=2,sequence=4 --rules fsdp -o clip.mp4"""
 
 
+OWN = ("process_id", "coordinator", "processes", "output")
+"""Options that each of several processes may have of its own."""
+
+
 class Size(click.ParamType):
     """WIDTHxHEIGHT, as (height, width)."""
 
@@ -104,7 +108,7 @@ def generate(prompts, model, output, grid, fps, dtype, mesh, rules, coordinator,
     start = time.perf_counter()
     with err.status("loading") as status:
         join(mesh, rules, coordinator=coordinator, processes=processes, process_id=process_id)
-        distributed.same("command", _told(click.get_current_context().params))
+        distributed.same("options", {n: v for n, v in click.get_current_context().params.items() if n not in OWN})
         if distributed.first():
             media.check_target(output or Path("out.png"), (*media.FORMATS, *media.MOVIES))  # before anything slow
         arguments = _arguments(**options)
@@ -139,14 +143,6 @@ def generate(prompts, model, output, grid, fps, dtype, mesh, rules, coordinator,
     else:
         written = out.save(output, fps=fps)
     return _report(written, start, out.timings)
-
-
-def _told(params: Mapping[str, Any]) -> str:
-    """The options of a command that must be the same in all of its processes."""
-    own = ("process_id", "coordinator", "processes", "output")
-    return ", ".join(
-        f"{name}={value}" for name, value in sorted(params.items()) if value is not None and name not in own
-    )
 
 
 def _report(written: Sequence[Path], start: float, timings: Mapping[str, float]):

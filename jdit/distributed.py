@@ -248,18 +248,20 @@ def _uncaught(before: Any, kind: type[BaseException], error: BaseException, trac
     fail(f"{kind.__name__}: {error}", 130 if issubclass(kind, KeyboardInterrupt) else 1)
 
 
-def same(what: str, value: str, timeout: int = 60):
+def same(what: str, values: Mapping[str, Any], timeout: int = 60):
     """Check that all processes were given the same.
 
     Raises:
-        ValueError: another value than the first process has.
+        ValueError: naming what differs from the first process.
     """
     if not _joined:
         return
-    state = _state()
+    state, own = _state(), {name: repr(value) for name, value in values.items()}
     if state.process_id == 0:
-        state.client.key_value_set(f"jdit/{what}", value)
+        state.client.key_value_set(f"jdit/{what}", json.dumps(own))
         return
-    theirs = state.client.blocking_key_value_get(f"jdit/{what}", 1000 * timeout)
-    if theirs != value:
-        raise ValueError(f"{what} {value}, but process 0 has {theirs}: all processes must be started alike")
+    theirs = json.loads(state.client.blocking_key_value_get(f"jdit/{what}", 1000 * timeout))
+    names = [name for name in {**theirs, **own} if theirs.get(name) != own.get(name)]
+    if names:
+        told = "; ".join(f"{name}={own.get(name)} where process 0 has {theirs.get(name)}" for name in names)
+        raise ValueError(f"{what}: {told}; all processes must be started alike")

@@ -1,0 +1,101 @@
+"""Processes that run together on loopback. As a script: one of two that load, make a picture and restore a checkpoint
+together, and write down what they saw (test_processes.py)."""
+
+import contextlib
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).parent.parent
+CALL = dict(height=64, width=64, steps=2, seed=3, output="float")
+PROMPT, MODEL = "a red apple", "fluent-image"
+DEVICES = 2
+"""Of each process."""
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def run_together(
+    commands: Sequence[Sequence[str]], folders: Sequence[Path], *, devices: int, timeout: int = 300
+) -> list[tuple[int, str, str]]:
+    """(exit code, stdout, stderr) of each command; none outlives the call. {port} stands for a free port."""
+    flags = [f for f in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in f]
+    flags = " ".join([f"--xla_force_host_platform_device_count={devices}", *flags])
+    env = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    port, pipe = free_port(), subprocess.PIPE
+    started = [
+        subprocess.Popen(
+            [sys.executable, *(c.format(port=port) for c in command)],
+            cwd=folder, env=env, stdout=pipe, stderr=pipe, text=True,
+        )
+        for command, folder in zip(commands, folders, strict=True)
+    ]  # fmt: skip
+    try:
+        told = [process.communicate(timeout=timeout) for process in started]
+        return [(process.returncode, *outs) for process, outs in zip(started, told)]
+    finally:
+        for process in started:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            process.wait()
+
+
+def main(port: str, rank: int, folder: Path):
+    import jdit
+
+    assert jdit.initialize(f"127.0.0.1:{port}", 2, rank)
+    import jax
+
+    from convert import formats, registry
+    from convert.readers import open_folder
+    from jdit import checkpoint, sharding
+    from jdit.load import ASSETS
+
+    bytes_read, read = [0], formats._read_spans
+
+    def counted(path, key, out, offset, spans):
+        spans = list(spans)
+        bytes_read[0] += sum(end - begin for begin, end in spans)
+        read(path, key, out, offset, spans)
+
+    formats._read_spans = counted
+    formats.SHORT = 1  # these matrices are so small that a process would read what lies between its own columns, too
+    rules = jdit.Rules.fsdp()
+    mesh = jdit.make_mesh(data=2, sequence=DEVICES)
+    pipe = jdit.load(MODEL, mesh=mesh, rules="fsdp", dtype="float32")
+    out = pipe(PROMPT, **CALL)
+    found = {"read": bytes_read[0], "mesh": [d.process_index for d in mesh.devices.ravel()]}
+
+    tensors = [t for n in pipe.parts.configs for t in open_folder(ASSETS / MODEL / n).tensors.values()]
+    (size,) = {t.dtype.itemsize for t in tensors}
+    held = [
+        math.prod(s.stop - s.start for s in sharding.box(leaf))
+        for n in pipe.components.values()
+        for leaf in sharding.leaves(n).values()
+    ]
+    found |= {"held": size * sum(held), "stored": size * sum(math.prod(t.shape) for t in tensors)}
+    cfg = registry.placed(pipe.parts.configs["transformer"], "float32", rules)
+    targets = registry.of_config(cfg).targets(cfg, mesh, rules)
+    restored = checkpoint.restore(folder / "saved", "transformer", targets)
+    loaded = sharding.leaves(pipe.components["transformer"])
+    same = lambda a, b: all(np.array_equal(x.data, y.data) for x, y in zip(a.addressable_shards, b.addressable_shards))
+    found["restored"] = restored.keys() == loaded.keys() and all(same(restored[p], loaded[p]) for p in loaded)
+    found["spread"] = sum(not leaf.is_fully_replicated for leaf in restored.values())
+    np.savez(folder / f"{rank}.npz", pixels=out.pixels, latents=np.asarray(out.latents))
+    (folder / f"{rank}.json").write_text(json.dumps(found))
+    assert jax.process_count() == 2
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))
