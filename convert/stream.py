@@ -3,10 +3,10 @@
 Everything is planned from the headers first, so that all problems are known before any weight is read.
 """
 
-import functools
 import hashlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -168,20 +168,15 @@ def load_leaves(
             on_leaf(path)
         held = box(targets[path])
         host = fill(f, reader.read, _stored_dtype(reader, f, f.dtype if dtype is None else dtype), held)
-        part = functools.partial(_part, host, held)
         sharding = targets[path].sharding or here
-        out[path] = jax.block_until_ready(jax.make_array_from_callback(f.shape, sharding, part))
+        out[path] = jax.block_until_ready(jax.make_array_from_callback(f.shape, sharding, _within(host, held)))
     return out
 
 
-def _part(host: np.ndarray, held: Sequence[slice], index: tuple[slice, ...]) -> np.ndarray:
-    """`leaf[index]`, of which `host` is the block `held`."""
-    return host[
-        tuple(
-            slice((i.start or 0) - h.start, (h.stop if i.stop is None else i.stop) - h.start)
-            for i, h in zip(index, held)
-        )
-    ]
+def _within(host: np.ndarray, held: Sequence[slice]) -> Callable[[Any], np.ndarray]:
+    """index -> `leaf[index]`, of which `host` is the block `held`."""
+    shifted = lambda i, h: slice((i.start or 0) - h.start, (h.stop if i.stop is None else i.stop) - h.start)
+    return lambda index: host[tuple(map(shifted, index, held))]
 
 
 def check(

@@ -290,7 +290,7 @@ def _fill_box(f: Fill, read: Read, dtype: np.dtype, box: tuple[slice, ...]) -> n
     for key, op, index in f.sources:
         if (cut := _within(index, f.shape, box)) is not None:
             to, take = cut
-            _copy(out[to], read(key, lambda w, op=op, take=take: op.forward(w)[take]))
+            _copy(out[(*to, ...)], read(key, lambda w, op=op, take=take: op.forward(w)[take]))
     return out
 
 
@@ -305,7 +305,7 @@ def _within(index: Index, shape: tuple[int, ...], box: tuple[slice, ...]) -> tup
             return None
         to.append(low - wanted.start if isinstance(at, int) else slice(low - wanted.start, high - wanted.start))
         take += [] if isinstance(at, int) else [slice(low - start, high - start)]
-    return (*to, ...), tuple(take)
+    return tuple(to), tuple(take)
 
 
 def back(rules: Sequence[Rule], leaves: Mapping[str, object]) -> list[tuple[str, str, Index, Op]]:

@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from jdit.structs import Output, Plan, Prompt
 
 _HOME = {
-    "initialize": "jdit.distributed", "load": "jdit.load", "contact_sheet": "jdit.media", "Pipeline": "jdit.pipeline.base", "Rules": "jdit.sharding",
-    "make_mesh": "jdit.sharding", "Output": "jdit.structs", "Plan": "jdit.structs", "Prompt": "jdit.structs",
+    "initialize": "jdit.distributed", "load": "jdit.load", "contact_sheet": "jdit.media",
+    "Pipeline": "jdit.pipeline.base", "Rules": "jdit.sharding", "make_mesh": "jdit.sharding", "Output": "jdit.structs",
+    "Plan": "jdit.structs", "Prompt": "jdit.structs",
 }  # fmt: skip
 
 __all__ = ["Output", "Pipeline", "Plan", "Prompt", "Rules", "contact_sheet", "initialize", "load", "make_mesh"]

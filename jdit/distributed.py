@@ -68,7 +68,7 @@ def launch(
     Raises:
         ValueError: numbers that are none or do not fit together, or one of the three without the others.
     """
-    coordinator = coordinator or env.get("JDIT_COORDINATOR")
+    coordinator = coordinator or env.get("JDIT_COORDINATOR") or None
     asked = env.get("JDIT_PROCESSES") if processes is None else processes
     if asked == "auto":
         return Launch("jax", coordinator)
@@ -102,7 +102,7 @@ def _launched(env: Mapping[str, str]) -> Launch | None:
         alone = env.get("SLURM_STEP_NUM_NODES") == str(count)
         devices = _number("SLURM_GPUS_ON_NODE", env.get("SLURM_GPUS_ON_NODE"), 1) if alone else None
         rank = _number("SLURM_PROCID", env.get("SLURM_PROCID"), 0)
-        return Launch("SLURM", None, count, rank, devices and tuple(range(devices)))
+        return Launch("SLURM", None, count, rank, tuple(range(devices)) if devices else None)
     if (_number("OMPI_COMM_WORLD_SIZE", env.get("OMPI_COMM_WORLD_SIZE"), 1) or 1) > 1:
         if "OMPI_MCA_orte_hnp_uri" not in env:
             raise ValueError("this Open MPI does not say where its first process is: give --coordinator HOST:PORT")

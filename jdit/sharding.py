@@ -136,7 +136,7 @@ def make_mesh(*, data: int = 1, sequence: int = 1, tensor: int = 1) -> Mesh:
     return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=_first(need // processes))
 
 
-def _first(each: int) -> list[jax.Device]:
+def _first(each: int) -> list[Any]:
     """So many devices of each process, one process after another: those of a host stay together on the inner axes."""
     return [d for p in range(jax.process_count()) for d in [d for d in jax.devices() if d.process_index == p][:each]]
 

@@ -1,7 +1,6 @@
 """Two processes on loopback make the picture of one, read what they hold, and fail together."""
 
 import json
-import os
 
 import numpy as np
 import pytest
@@ -33,7 +32,6 @@ def test_two_processes_make_the_picture_of_one(alone):
         assert np.linalg.norm(got["latents"] - want.latents) < 1e-5 * np.linalg.norm(want.latents)
         assert np.abs(got["pixels"] - want.pixels).max() < 1e-4
         assert told["mesh"] == [0, 0, 1, 1] and told["restored"] and told["spread"] > 10
-        print(told)
         assert told["held"] <= told["read"] < 1.02 * told["held"] < 0.8 * told["stored"]
 
 
@@ -60,3 +58,61 @@ def test_processes_that_are_not_started_alike(tmp_path):
     commands = [command(0, "--steps", "4"), command(1, "--steps", "5")]
     for code, _, err in together.run_together(commands, [tmp_path] * 2, devices=1):
         assert code == 2 and "jdit: process 1: options: steps=5 where process 0 has 4" in err
+
+
+SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_LOCALID": "0", "SLURM_PROCID": "1"}
+OPENMPI = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3"}
+GKE = {"TPU_WORKER_HOSTNAMES": "t-0.svc,t-1.svc", "TPU_WORKER_ID": "1"}
+
+
+@pytest.mark.parametrize(
+    "env, want",
+    [
+        ({}, None),
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"}, None),  # inside salloc, but no step of srun
+        (SLURM | {"SLURM_NTASKS": "1", "SLURM_STEP_NUM_NODES": "1"}, None),
+        (SLURM | {"SLURM_NTASKS": "16", "SLURM_STEP_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "8"},
+         Launch("SLURM", None, 16, 1)),
+        (SLURM | {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "8"},
+         Launch("SLURM", None, 2, 1, tuple(range(8)))),
+        (OPENMPI | {"OMPI_MCA_orte_hnp_uri": "1.0;tcp://10.0.0.1:9"}, Launch("Open MPI")),
+        (OPENMPI | {"JDIT_COORDINATOR": "h:9"}, Launch("arguments", "h:9", 4, 3)),
+        (GKE, Launch("GKE")),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
+        ({"JDIT_COORDINATOR": "h:9", "JDIT_PROCESSES": "2", "JDIT_PROCESS_ID": "0"}, Launch("arguments", "h:9", 2, 0)),
+        ({"JDIT_COORDINATOR": "h:9", "JDIT_PROCESSES": "2", "JOB_COMPLETION_INDEX": "1"},
+         Launch("arguments", "h:9", 2, 1)),
+        (SLURM | {"SLURM_NTASKS": "2", "JDIT_PROCESSES": "1"}, None),
+        ({"JDIT_PROCESSES": "auto"}, Launch("jax")),
+    ],
+)  # fmt: skip
+def test_what_launchers_say(env, want):
+    assert launch(env=env) == want
+
+
+@pytest.mark.parametrize(
+    "arguments, env, message",
+    [
+        (
+            ("h:9",),
+            {},
+            r"a coordinator \(HOST:PORT\) is h:9, but the number of processes and this one's number are missing",
+        ),
+        (("h:9", 2, 2), {}, "process 2 of 2: they are numbered 0 to 1"),
+        (("h", 2, 0), {}, "coordinator 'h' is not HOST:PORT"),
+        (("h:9", "two", 0), {}, "JDIT_PROCESSES=two: it must be a whole number of at least 1"),
+        (("h:9", 2), {"JDIT_PROCESS_ID": "x"}, "JDIT_PROCESS_ID=x: it must be a whole number of at least 0"),
+        ((), OPENMPI, "this Open MPI does not say where its first process is: give --coordinator HOST:PORT"),
+    ],
+)
+def test_what_launchers_may_not_say(arguments, env, message):
+    with pytest.raises(ValueError, match=message):
+        launch(*arguments, env=env)
+
+
+def test_one_process_is_alone(monkeypatch):
+    for name in ("JDIT_COORDINATOR", "JDIT_PROCESSES", "JDIT_PROCESS_ID"):
+        monkeypatch.delenv(name, raising=False)
+    assert not distributed.initialize() and not distributed.joined() and distributed.first()
+    distributed.fail("nobody is told")
+    distributed.same("options", {"a": 1})
