@@ -21,7 +21,7 @@ log = logging.getLogger("jdit")
 
 GRACE = 5.0
 """Seconds that a process is given to end by itself after another has failed; it may be waiting for that one."""
-HEARTBEAT = 60
+HEARTBEAT = 100
 POLL = 0.5
 FAILED, ENDED = "jdit/failed", "jdit/ended"
 

@@ -82,7 +82,9 @@ class Opened:
         """Parts with dtype and rules in their configs, and each component's constructor and targets."""
         placed = {n: registry.placed(c, dtype, rules or Rules()) for n, c in self.parts.configs.items()}
         makes = {n: registry.of_config(c).make(c) for n, c in placed.items()}
-        targets = {n: sharding.abstract(make, mesh, rules)[1] for n, make in makes.items()}
+        plain = {n: registry.placed(c, dtype, Rules()) for n, c in self.parts.configs.items()}  # one for all rules
+        shapes = {n: sharding.described(registry.of_config(c).module, c) for n, c in plain.items()}
+        targets = {n: sharding.placed(module, mesh, rules) for n, module in shapes.items()}
         return dataclasses.replace(self.parts, configs=placed), makes, targets
 
     def memory(

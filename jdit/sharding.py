@@ -184,12 +184,25 @@ def abstract(make: Callable[[], nnx.Module], mesh: AnyMesh | None = None, rules:
         (graphdef, {path: ShapeDtypeStruct}); with a mesh each leaf carries its NamedSharding. This one tree gives
         shapes, shardings, the restore target, the converter's targets and the parameter count.
     """
-    graphdef, state = nnx.split(nnx.eval_shape(make))
-    leaves: dict[Path, jax.ShapeDtypeStruct] = {}
+    module = nnx.eval_shape(make)
+    return nnx.graphdef(module), placed(module, mesh, rules)
+
+
+@functools.cache
+def described(module: type[Any], cfg: Any) -> nnx.Module:
+    """The abstract module of a config; made once, as large ones take seconds."""
+    return nnx.eval_shape(lambda: module(cfg, rngs=nnx.Rngs(0)))
+
+
+def placed(
+    module: nnx.Module, mesh: AnyMesh | None = None, rules: Rules | None = None
+) -> dict[Path, jax.ShapeDtypeStruct]:
+    """The leaves of `abstract`, of an abstract module."""
+    state, leaves = nnx.state(module), {}
     for path, var in nnx.to_flat_state(state):
         sharding = param_sharding(var, var.shape, mesh, rules or Rules()) if mesh is not None else None
         leaves[path] = jax.ShapeDtypeStruct(var.shape, var.dtype, sharding=sharding)
-    return graphdef, leaves
+    return leaves
 
 
 def assemble(

@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from jdit import sharding
 from jdit.nn import parts
@@ -50,20 +49,15 @@ def spec(*shape: int, dtype: str = "float32") -> jax.ShapeDtypeStruct:
 
 
 @functools.cache
-def _abstract(module: type[Any], cfg: Any) -> Any:
-    return nnx.eval_shape(lambda: module(cfg, rngs=nnx.Rngs(0)))
-
-
-@functools.cache
 def table_bytes(module: type[Any], cfg: Any, *inputs: jax.ShapeDtypeStruct) -> int:
     """Size of `module.modulation_table(*inputs)`."""
-    return sharding.tree_bytes(jax.eval_shape(module.modulation_table, _abstract(module, cfg), *inputs))
+    return sharding.tree_bytes(jax.eval_shape(module.modulation_table, sharding.described(module, cfg), *inputs))
 
 
 @functools.cache
 def weight_bytes(module: type[Any], cfg: Any, part: str) -> int:
     """Size of a part of the module's weights."""
-    return sharding.tree_bytes(parts.take(_abstract(module, cfg), part))
+    return sharding.tree_bytes(parts.take(sharding.described(module, cfg), part))
 
 
 def tabled(module: type[Any], cfg: Any, times: jax.ShapeDtypeStruct, *prompts: jax.ShapeDtypeStruct) -> bool:
