@@ -60,6 +60,7 @@ def main(port: str, rank: int, folder: Path):
     from convert import formats, registry
     from convert.readers import open_folder
     from jdit import checkpoint, sharding
+    from jdit.cli import main as cli
     from jdit.load import ASSETS
 
     bytes_read, read = [0], formats._read_spans
@@ -74,8 +75,9 @@ def main(port: str, rank: int, folder: Path):
     rules = jdit.Rules.fsdp()
     mesh = jdit.make_mesh(data=2, sequence=DEVICES)
     pipe = jdit.load(MODEL, mesh=mesh, rules="fsdp", dtype="float32")
-    out = pipe(PROMPT, **CALL)
-    found = {"read": bytes_read[0], "mesh": [d.process_index for d in mesh.devices.ravel()]}
+    steps: list[int] = []
+    out = pipe(PROMPT, on_step=lambda step, _: steps.append(step), **CALL)
+    found = {"read": bytes_read[0], "mesh": [d.process_index for d in mesh.devices.ravel()], "steps": sorted(steps)}
 
     tensors = [t for n in pipe.parts.configs for t in open_folder(ASSETS / MODEL / n).tensors.values()]
     (size,) = {t.dtype.itemsize for t in tensors}
@@ -95,6 +97,9 @@ def main(port: str, rank: int, folder: Path):
     np.savez(folder / f"{rank}.npz", pixels=out.pixels, latents=np.asarray(out.latents))
     (folder / f"{rank}.json").write_text(json.dumps(found))
     assert jax.process_count() == 2
+    where = ["--mesh", f"data=2,sequence={DEVICES}", "--rules", "fsdp", "-o", str(folder / f"{rank}.png")]
+    what = ["--size", "64x64", "--steps", "2", "--seed", "3", "--dtype", "float32"]
+    cli(["generate", PROMPT, *what, *where], standalone_mode=False)
 
 
 if __name__ == "__main__":
