@@ -6,13 +6,12 @@ unpickled otherwise.
 """
 
 import functools
-import itertools
 import json
 import math
 import re
 import struct
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from convert.table import ConversionError
+from jdit import spans
 
 SAFETENSORS = (".safetensors", ".sft")
 PICKLED = (".pth", ".pt", ".bin", ".ckpt")
@@ -40,7 +40,7 @@ class Tensor(NamedTuple):
     dtype: np.dtype
     file: str
     load: Callable[[], np.ndarray]
-    part: Callable[[Callable[[np.ndarray], np.ndarray]], np.ndarray] | None = None
+    part: Callable[[spans.View], np.ndarray] | None = None
 
 
 def tensors_of(path: Path) -> dict[str, Tensor]:
@@ -94,8 +94,8 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
         if end > size - 8 - length:
             raise ConversionError(f"{path}: {key}: truncated: ends at byte {8 + length + end}, the file has {size}")
         spans.append((begin, end, key))
-        load, part = (functools.partial(f, path, key, shape, dtype, 8 + length + begin) for f in (_read, _read_part))
-        entries[key] = Tensor(shape, dtype, str(path), load, part)
+        part = functools.partial(_read, path, key, shape, dtype, 8 + length + begin)
+        entries[key] = Tensor(shape, dtype, str(path), functools.partial(part, lambda whole: whole), part)
     last = 0
     for begin, end, key in sorted(spans):
         if begin != last:
@@ -113,54 +113,11 @@ def _near(raw: bytes, error: ValueError) -> str:
     return begun[-1][1].decode(errors="replace") if begun else "its first tensor"
 
 
-def _read(path: Path, key: str, shape: tuple[int, ...], dtype: np.dtype, offset: int) -> np.ndarray:
-    out = np.empty(shape, dtype)
-    _read_spans(path, key, out, offset, [(0, out.nbytes)])
-    return out
-
-
-def _read_part(
-    path: Path, key: str, shape: tuple[int, ...], dtype: np.dtype, offset: int, view: Callable[[np.ndarray], np.ndarray]
-) -> np.ndarray:
-    out = np.empty(shape, dtype)  # where nothing is written, the system gives it no memory
-    wanted = view(out)
-    if not np.may_share_memory(wanted, out):  # something in the view copies
-        return view(_read(path, key, shape, dtype, offset))
-    _read_spans(path, key, out, offset, spans(wanted, out))
-    return wanted
-
-
-SHORT = 4096
-"""Bytes below which stretches of a file are read together with what lies between them: a page."""
-
-
-def spans(view: np.ndarray, base: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Where the elements of a view lie in its contiguous base: (begin, end) of stretches, in bytes."""
-    if not view.size:
-        return
-    low, _ = np.lib.array_utils.byte_bounds(view)
-    begin, size, outer = low - np.lib.array_utils.byte_bounds(base)[0], view.itemsize, []
-    for stride, n in sorted((abs(s), n) for s, n in zip(view.strides, view.shape) if n > 1):
-        if outer or (stride > size and size >= SHORT):
-            outer.append((stride, n))
-        else:
-            size += (n - 1) * stride
-    for steps in itertools.product(*(range(0, stride * n, stride) for stride, n in reversed(outer))):
-        yield begin + sum(steps), begin + sum(steps) + size
-
-
-def _read_spans(path: Path, key: str, out: np.ndarray, offset: int, spans: Iterable[tuple[int, int]]):
-    """Bytes of a contiguous array that lies in the file from `offset` on."""
-    view = out.reshape(-1).view(np.uint8).data
+def _read(path: Path, key: str, shape: tuple[int, ...], dtype: np.dtype, offset: int, view: spans.View) -> np.ndarray:
     try:
-        with open(path, "rb", buffering=0) as f:
-            for begin, end in spans:
-                f.seek(offset + begin)
-                while begin < end:
-                    n = f.readinto(view[begin:end])
-                    if not n:
-                        raise ConversionError(f"{path}: {key}: truncated after {begin} of {len(view)} bytes")
-                    begin += n
+        return spans.part(path, shape, dtype, offset, view)
+    except EOFError as e:
+        raise ConversionError(f"{path}: {key}: {e}") from None
     except OSError as e:
         raise ConversionError(f"{path}: {key}: {e.strerror}") from e
 

@@ -4,7 +4,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import ml_dtypes
@@ -12,6 +12,7 @@ import numpy as np
 
 from convert.formats import PICKLED, SAFETENSORS, Tensor, tensors_of
 from convert.table import ConversionError
+from jdit.spans import View
 
 FLOAT8 = (np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e5m2))
 
@@ -42,7 +43,7 @@ class Reader:
         """Key -> shape, what `table.plan` takes."""
         return {key: t.shape for key, t in self.tensors.items()}
 
-    def read(self, key: str, view: Callable[[np.ndarray], np.ndarray] | None = None) -> np.ndarray:
+    def read(self, key: str, view: View | None = None) -> np.ndarray:
         """One tensor as stored (bfloat16 and float8 by ml_dtypes), scaled float8 as float32; or the part of it that
         `view` takes by NumPy views, where the file allows without reading the rest."""
         tensor = self.tensors[key]

@@ -6,7 +6,6 @@ Everything is planned from the headers first, so that all problems are known bef
 import hashlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,7 @@ from convert.readers import Reader
 from convert.table import ConversionError, Fill, Rule, Source, cast_dtype, common_dtype, fill, match, summary
 from convert.write import LeafOnDisk
 from jdit.blocks import Leaf, block_rows
-from jdit.sharding import Path, box, dotted
+from jdit.sharding import Path, box, dotted, of_box
 
 Targets = Mapping[Path, jax.ShapeDtypeStruct]
 
@@ -159,24 +158,16 @@ def load_leaves(
     Raises:
         ConversionError: keys and leaves that do not fit, all of them, before anything is read.
     """
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     out = {}
     for path, f in _plan(reader, rules, targets):
         if only is not None and path not in only:
             continue
         if on_leaf is not None:
             on_leaf(path)
-        held = box(targets[path])
-        host = fill(f, reader.read, _stored_dtype(reader, f, f.dtype if dtype is None else dtype), held)
-        sharding = targets[path].sharding or here
-        out[path] = jax.block_until_ready(jax.make_array_from_callback(f.shape, sharding, _within(host, held)))
+        own = _stored_dtype(reader, f, f.dtype if dtype is None else dtype)
+        host = fill(f, reader.read, own, box(targets[path]))
+        out[path] = jax.block_until_ready(of_box(targets[path], host))
     return out
-
-
-def _within(host: np.ndarray, held: Sequence[slice]) -> Callable[[Any], np.ndarray]:
-    """index -> `leaf[index]`, of which `host` is the block `held`."""
-    shifted = lambda i, h: slice((i.start or 0) - h.start, (h.stop if i.stop is None else i.stop) - h.start)
-    return lambda index: host[tuple(map(shifted, index, held))]
 
 
 def check(

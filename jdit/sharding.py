@@ -12,9 +12,10 @@ from collections.abc import Callable, Collection, Iterator
 from typing import Any, cast
 
 import jax
+import numpy as np
 from flax import nnx
 from flax.typing import PathParts
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 MESH_AXES = ("data", "sequence", "tensor")
@@ -269,6 +270,15 @@ def box(leaf: jax.ShapeDtypeStruct) -> tuple[slice, ...]:
     held = [i for i in placed.addressable_devices_indices_map(leaf.shape).values()]
     spans = [[s[axis].indices(n) for s in held] for axis, n in enumerate(leaf.shape)]
     return tuple(slice(min(s[0] for s in span), max(s[1] for s in span)) for span in spans)
+
+
+def of_box(leaf: jax.ShapeDtypeStruct, host: np.ndarray) -> jax.Array:
+    """A leaf on its devices (the first of this process, where it has no sharding), of its `box` on the host."""
+    placed: Any = getattr(leaf, "sharding", None)
+    held, placed = box(leaf), placed or SingleDeviceSharding(jax.local_devices()[0])
+    shifted = lambda i, h: slice((i.start or 0) - h.start, (h.stop if i.stop is None else i.stop) - h.start)
+    pick = lambda index: host[tuple(map(shifted, index or (), held))]
+    return jax.make_array_from_callback(leaf.shape, placed, pick)
 
 
 def dotted(path: Path) -> str:

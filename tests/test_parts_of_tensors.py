@@ -6,8 +6,9 @@ import util_toy as toy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convert import formats, table
+from convert import table
 from convert.readers import open_folder
+from jdit import blocks, checkpoint, spans
 from jdit.sharding import box, dotted, make_mesh
 
 F32 = np.dtype(np.float32)
@@ -23,6 +24,16 @@ def fills(tmp_path_factory):
     return reader, planned, {dotted(p): a for p, a in toy.expected(toy.state()).items()}
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """The same leaves in a jdit checkpoint, of blocks of a row or two."""
+    folder, before = tmp_path_factory.mktemp("saved") / "x", blocks.BLOCK_BYTES
+    blocks.BLOCK_BYTES = 1024
+    checkpoint.save(folder, {}, {"t": toy.expected(toy.state())})
+    blocks.BLOCK_BYTES = before
+    return checkpoint.stored(folder, "t")
+
+
 @st.composite
 def boxes(draw, shape):
     ends = [draw(st.tuples(st.integers(0, n - 1), st.integers(1, n))) for n in shape]
@@ -31,12 +42,12 @@ def boxes(draw, shape):
 
 @given(st.data())
 @settings(max_examples=60, deadline=None)
-def test_any_block_of_any_leaf(fills, data):
+def test_any_block_of_any_leaf(fills, saved, data):
     reader, planned, want = fills
     fill = data.draw(st.sampled_from(planned))
     block = data.draw(boxes(fill.shape))
     got = table.fill(fill, reader.read, F32, block)
-    assert toy.same(got, want[fill.path][block])
+    assert toy.same(got, want[fill.path][block]) and toy.same(saved[fill.path].block(block), got)
 
 
 @pytest.mark.parametrize("short", [1, 16, 4096])
@@ -44,37 +55,37 @@ def test_any_block_of_any_leaf(fills, data):
 @settings(max_examples=40, deadline=None)
 def test_spans_hold_the_elements_of_a_view(short, data):
     """Their bytes, and no others, are enough; of a stretch of `short` bytes or more none is too many."""
-    formats.SHORT, before = short, formats.SHORT
+    spans.SHORT, before = short, spans.SHORT
     try:
         shape = data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=4))
         base = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
         view = base.transpose(data.draw(st.permutations(range(len(shape)))))
         view = view[data.draw(boxes(view.shape))]
-        spans = list(formats.spans(view, base))
+        parts = list(spans.spans(view, base))
     finally:
-        formats.SHORT = before
+        spans.SHORT = before
     copy = np.full_like(base, -1)
-    for begin, end in spans:
+    for begin, end in parts:
         copy.reshape(-1).view(np.uint8)[begin:end] = base.reshape(-1).view(np.uint8)[begin:end]
     low = np.lib.array_utils.byte_bounds(base)[0]
     strides, start = view.strides, np.lib.array_utils.byte_bounds(view)[0] - low
     assert np.array_equal(np.ndarray(view.shape, F32, copy, start, strides), view)
     if short == 1:
-        assert sum(end - begin for begin, end in spans) == view.nbytes
+        assert sum(end - begin for begin, end in parts) == view.nbytes
 
 
 def test_what_is_read_of_a_matrix(tmp_path, monkeypatch):
     """Rows of the file are read alone, whole columns with what lies between them if they are short."""
     toy.write(tmp_path, {"w": np.arange(64 * 4096, dtype=np.float32).reshape(64, 4096)})
     reader, counted = open_folder(tmp_path), []
-    real = formats._read_spans
+    real = spans.read
 
-    def count(path, key, out, offset, spans):
-        spans = list(spans)
-        counted.append(sum(end - begin for begin, end in spans))
-        real(path, key, out, offset, spans)
+    def count(path, out, offset, parts):
+        parts = list(parts)
+        counted.append(sum(end - begin for begin, end in parts))
+        real(path, out, offset, parts)
 
-    monkeypatch.setattr(formats, "_read_spans", count)
+    monkeypatch.setattr(spans, "read", count)
     whole = reader.read("w")
     for take, size in (
         (np.s_[8:16], 8 * 4096 * 4), (np.s_[:, 2048:], 64 * 2048 * 4), (np.s_[:, 8:16], 63 * 4096 * 4 + 32),

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from flax import nnx
 
 from convert import registry
-from jdit import sharding, zoo
+from jdit import cli_mesh, sharding, zoo
 from jdit.cli import main
 from jdit.load import open_variant
 from jdit.nn.hunyuan_video import HunyuanVideoConfig
@@ -121,6 +121,13 @@ def test_bytes_on_a_device_are_those_of_real_meshes():
     assert {p: sharding.bytes_a_device(x) for p, x in planned.items()} == {
         p: sharding.bytes_a_device(x) for p, x in real.items()
     }
+
+
+def test_without_a_mesh_one_device_is_used_and_said(caplog):
+    caplog.set_level("INFO", "jdit")
+    assert cli_mesh.make(None) is None
+    assert "one of 8 devices is used; --mesh spreads over more" in caplog.text
+    assert cli_mesh.make({"data": 2, "sequence": 4}).shape == {"data": 2, "sequence": 4, "tensor": 1}
 
 
 class TestCommand:

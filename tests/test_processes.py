@@ -34,6 +34,7 @@ def test_two_processes_make_the_picture_of_one(alone):
         assert told["mesh"] == [0, 0, 1, 1] and told["restored"] and told["spread"] > 10
         assert told["steps"] == ([] if rank else [1, 2])  # the first process has the progress
         assert told["held"] <= told["read"] < 1.02 * told["held"] < 0.8 * told["stored"]
+        assert told["restored bytes"] == 1
     assert not (folder / "1.png").exists()  # the command writes once
     written = np.asarray(Image.open(folder / "0.png"), np.float32)
     assert np.abs(written - 255 * want.pixels[0]).max() < 0.5 + 255e-4  # rounded, as near as the pixels above

@@ -57,21 +57,21 @@ def main(port: str, rank: int, folder: Path):
     assert jdit.initialize(f"127.0.0.1:{port}", 2, rank)
     import jax
 
-    from convert import formats, registry
+    from convert import registry
     from convert.readers import open_folder
-    from jdit import checkpoint, sharding
+    from jdit import checkpoint, sharding, spans
     from jdit.cli import main as cli
     from jdit.load import ASSETS
 
-    bytes_read, read = [0], formats._read_spans
+    bytes_read, read = [0], spans.read
 
-    def counted(path, key, out, offset, spans):
-        spans = list(spans)
-        bytes_read[0] += sum(end - begin for begin, end in spans)
-        read(path, key, out, offset, spans)
+    def counted(path, out, offset, parts):
+        parts = list(parts)
+        bytes_read[0] += sum(end - begin for begin, end in parts)
+        read(path, out, offset, parts)
 
-    formats._read_spans = counted
-    formats.SHORT = 1  # these matrices are so small that a process would read what lies between its own columns, too
+    spans.read = counted
+    spans.SHORT = 1  # these matrices are so small that a process would read what lies between its own columns, too
     rules = jdit.Rules.fsdp()
     mesh = jdit.make_mesh(data=2, sequence=DEVICES)
     pipe = jdit.load(MODEL, mesh=mesh, rules="fsdp", dtype="float32")
@@ -89,7 +89,10 @@ def main(port: str, rank: int, folder: Path):
     found |= {"held": size * sum(held), "stored": size * sum(math.prod(t.shape) for t in tensors)}
     cfg = registry.placed(pipe.parts.configs["transformer"], "float32", rules)
     targets = registry.of_config(cfg).targets(cfg, mesh, rules)
+    before = bytes_read[0]
     restored = checkpoint.restore(folder / "saved", "transformer", targets)
+    held = sum(4 * math.prod(s.stop - s.start for s in sharding.box(leaf)) for leaf in targets.values())
+    found["restored bytes"] = (bytes_read[0] - before) / held
     loaded = sharding.leaves(pipe.components["transformer"])
     same = lambda a, b: all(np.array_equal(x.data, y.data) for x, y in zip(a.addressable_shards, b.addressable_shards))
     found["restored"] = restored.keys() == loaded.keys() and all(same(restored[p], loaded[p]) for p in loaded)
