@@ -126,11 +126,6 @@ _failure: Failure | None = None
 _joined = False
 
 
-def joined() -> bool:
-    """Whether this process runs together with others."""
-    return _joined
-
-
 def first() -> bool:
     """Whether this process writes and prints: of several, the first one does."""
     return not _joined or _state().process_id == 0
@@ -200,11 +195,6 @@ def _told(client: Any) -> Failure | None:
     with contextlib.suppress(Exception):  # not there, or the service is gone
         return Failure(*json.loads(client.key_value_try_get(FAILED)))
     return None
-
-
-def failure() -> Failure | None:
-    """What another process failed with, when that is why this one was interrupted."""
-    return _failure
 
 
 def fail(message: str, code: int = 1):

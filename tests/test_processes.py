@@ -118,6 +118,6 @@ def test_what_launchers_may_not_say(arguments, env, message):
 def test_one_process_is_alone(monkeypatch):
     for name in ("JDIT_COORDINATOR", "JDIT_PROCESSES", "JDIT_PROCESS_ID"):
         monkeypatch.delenv(name, raising=False)
-    assert not distributed.initialize() and not distributed.joined() and distributed.first()
+    assert not distributed.initialize() and distributed.first()
     distributed.fail("nobody is told")
     distributed.same("options", {"a": 1})
