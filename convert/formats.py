@@ -19,6 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from convert.table import ConversionError
+from jdit import spans
 
 SAFETENSORS = (".safetensors", ".sft")
 PICKLED = (".pth", ".pt", ".bin", ".ckpt")
@@ -32,12 +33,14 @@ _ENTRY = re.compile(rb'"([^"\\]+)"\s*:\s*\{')
 
 
 class Tensor(NamedTuple):
-    """A tensor of a file: described from the header, its data read by `load`."""
+    """A tensor of a file: described from the header, its data read by `load`, or by `part` (None: whole or not at all),
+    which takes a function to the part that is wanted, made of NumPy views, and reads hardly more than that."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
     file: str
     load: Callable[[], np.ndarray]
+    part: Callable[[spans.View], np.ndarray] | None = None
 
 
 def tensors_of(path: Path) -> dict[str, Tensor]:
@@ -91,8 +94,8 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
         if end > size - 8 - length:
             raise ConversionError(f"{path}: {key}: truncated: ends at byte {8 + length + end}, the file has {size}")
         spans.append((begin, end, key))
-        load = functools.partial(_read, path, key, shape, dtype, 8 + length + begin)
-        entries[key] = Tensor(shape, dtype, str(path), load)
+        part = functools.partial(_read, path, key, shape, dtype, 8 + length + begin)
+        entries[key] = Tensor(shape, dtype, str(path), functools.partial(part, lambda whole: whole), part)
     last = 0
     for begin, end, key in sorted(spans):
         if begin != last:
@@ -110,21 +113,13 @@ def _near(raw: bytes, error: ValueError) -> str:
     return begun[-1][1].decode(errors="replace") if begun else "its first tensor"
 
 
-def _read(path: Path, key: str, shape: tuple[int, ...], dtype: np.dtype, offset: int) -> np.ndarray:
-    out = np.empty(shape, dtype)
-    view = out.reshape(-1).view(np.uint8).data
+def _read(path: Path, key: str, shape: tuple[int, ...], dtype: np.dtype, offset: int, view: spans.View) -> np.ndarray:
     try:
-        with open(path, "rb", buffering=0) as f:
-            f.seek(offset)
-            done = 0
-            while done < len(view):
-                n = f.readinto(view[done:])
-                if not n:
-                    raise ConversionError(f"{path}: {key}: truncated after {done} of {len(view)} bytes")
-                done += n
+        return spans.part(path, shape, dtype, offset, view)
+    except EOFError as e:
+        raise ConversionError(f"{path}: {key}: {e}") from None
     except OSError as e:
         raise ConversionError(f"{path}: {key}: {e.strerror}") from e
-    return out
 
 
 def _pickled(path: Path) -> dict[str, Tensor]:

@@ -15,11 +15,14 @@ from jdit import checkpoint, sharding, zoo
 
 
 def inspect(src: str | Path, *, parts: Mapping[str, str | Path] | None = None) -> dict[str, Any]:
-    """Family, variant, components with parameter counts, sizes and dtypes, scheduler, and every problem.
+    """Family, variant, components with parameter counts, sizes and dtypes, scheduler, and every problem; of the name of
+    a variant, what is known of it without weights.
 
     Raises:
         ConversionError, CheckpointError: where it cannot even be told what it is.
     """
+    if str(src) in zoo.VARIANTS and not Path(src).exists():
+        return _variant(str(src))
     path = place(src)
     layout = detect(path).kind
     out: dict[str, Any] = {"source": str(src), "layout": layout, "components": {}, "problems": []}
@@ -45,6 +48,18 @@ def inspect(src: str | Path, *, parts: Mapping[str, str | Path] | None = None) -
     out["problems"] += source.misfits()
     source.close()
     return out
+
+
+def _variant(name: str) -> dict[str, Any]:
+    """What the zoo knows of a variant, in bfloat16."""
+    known = zoo.VARIANTS[name]
+    placed = lambda cfg: registry.placed(cfg, "bfloat16", sharding.Rules())
+    tensors = lambda cfg: [(leaf.shape, np.dtype(leaf.dtype)) for leaf in targets(placed(cfg)).values()]
+    return {
+        "source": name, "layout": f"no weights, they are at {known.source}", "family": known.family, "variant": name,
+        "components": {n: _summary(cfg, tensors(cfg)) for n, cfg in known.components.items()}, "problems": [],
+        "scheduler": known.scheduler, "tokenizers": [],
+    }  # fmt: skip
 
 
 def _summary(cfg: Any, tensors: list[tuple[tuple[int, ...], np.dtype]]) -> dict[str, Any]:

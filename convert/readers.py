@@ -12,6 +12,7 @@ import numpy as np
 
 from convert.formats import PICKLED, SAFETENSORS, Tensor, tensors_of
 from convert.table import ConversionError
+from jdit.spans import View
 
 FLOAT8 = (np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e5m2))
 
@@ -42,9 +43,13 @@ class Reader:
         """Key -> shape, what `table.plan` takes."""
         return {key: t.shape for key, t in self.tensors.items()}
 
-    def read(self, key: str) -> np.ndarray:
-        """One tensor as stored (bfloat16 and float8 by ml_dtypes); scaled float8 as float32."""
-        return self.tensors[key].load()
+    def read(self, key: str, view: View | None = None) -> np.ndarray:
+        """One tensor as stored (bfloat16 and float8 by ml_dtypes), scaled float8 as float32; or the part of it that
+        `view` takes by NumPy views, where the file allows without reading the rest."""
+        tensor = self.tensors[key]
+        if view is None:
+            return tensor.load()
+        return view(tensor.load()) if tensor.part is None else tensor.part(view)
 
     def sub(self, prefix: str, *others: str) -> "Reader":
         """The keys that begin with one of the prefixes, without it."""
@@ -108,7 +113,7 @@ def _scaled(key: str, weight: Tensor, scale: Tensor) -> Tensor:
         out *= scale.load().astype(np.float32).reshape(-1, *(1,) * (out.ndim - 1))
         return out
 
-    return weight._replace(dtype=np.dtype(ml_dtypes.bfloat16), load=load)
+    return weight._replace(dtype=np.dtype(ml_dtypes.bfloat16), load=load, part=None)
 
 
 # --- files and folders

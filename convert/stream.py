@@ -17,7 +17,7 @@ from convert.readers import Reader
 from convert.table import ConversionError, Fill, Rule, Source, cast_dtype, common_dtype, fill, match, summary
 from convert.write import LeafOnDisk
 from jdit.blocks import Leaf, block_rows
-from jdit.sharding import Path, dotted
+from jdit.sharding import Path, box, dotted, of_box
 
 Targets = Mapping[Path, jax.ShapeDtypeStruct]
 
@@ -146,7 +146,8 @@ def load_leaves(
     on_leaf: Callable[[Path], None] | None = None,
     only: Collection[Path] | None = None,
 ) -> dict[Path, Array]:
-    """Read a component into memory, each leaf put to its target's sharding before the next is read.
+    """Read a component into memory, each leaf put to its target's sharding before the next is read. Of several
+    processes each reads what its devices hold.
 
     Args:
         targets: path -> shape, dtype and (optional) sharding; see `sharding.abstract`.
@@ -157,16 +158,15 @@ def load_leaves(
     Raises:
         ConversionError: keys and leaves that do not fit, all of them, before anything is read.
     """
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     out = {}
     for path, f in _plan(reader, rules, targets):
         if only is not None and path not in only:
             continue
         if on_leaf is not None:
             on_leaf(path)
-        host = fill(f, reader.read, _stored_dtype(reader, f, f.dtype if dtype is None else dtype))
-        sharding = targets[path].sharding or here
-        out[path] = jax.block_until_ready(jax.make_array_from_callback(f.shape, sharding, lambda i, host=host: host[i]))
+        own = _stored_dtype(reader, f, f.dtype if dtype is None else dtype)
+        host = fill(f, reader.read, own, box(targets[path]))
+        out[path] = jax.block_until_ready(of_box(targets[path], host))
     return out
 
 

@@ -259,8 +259,17 @@ def dense(value: np.ndarray, dtype: np.dtype) -> np.ndarray:
     return out
 
 
-def fill(f: Fill, read: Callable[[str], np.ndarray], dtype: np.dtype | None = None) -> np.ndarray:
-    """Build one leaf on the host, its sources read one after another. `dtype` None: what holds all of them exactly."""
+Read = Callable[..., np.ndarray]  # (key), or (key, function to the wanted part)
+
+
+def fill(f: Fill, read: Read, dtype: np.dtype | None = None, box: tuple[slice, ...] | None = None) -> np.ndarray:
+    """Build one leaf on the host, its sources read one after another. `dtype` None: what holds all of them exactly.
+
+    Args:
+        box: the block (start and stop on each axis) that is wanted of the leaf, with a dtype; None is all of it.
+    """
+    if box is not None and dtype is not None and any((s.start, s.stop) != (0, n) for s, n in zip(box, f.shape)):
+        return _fill_box(f, read, dtype, box)
     out: np.ndarray | None = None
     for key, op, index in f.sources:
         value = op.forward(read(key))
@@ -274,6 +283,29 @@ def fill(f: Fill, read: Callable[[str], np.ndarray], dtype: np.dtype | None = No
         _copy(out[(*index, ...)], value)
     assert out is not None  # plan() has checked that each leaf has a source
     return out
+
+
+def _fill_box(f: Fill, read: Read, dtype: np.dtype, box: tuple[slice, ...]) -> np.ndarray:
+    out = np.empty([s.stop - s.start for s in box], dtype)
+    for key, op, index in f.sources:
+        if (cut := _within(index, f.shape, box)) is not None:
+            to, take = cut
+            _copy(out[(*to, ...)], read(key, lambda w, op=op, take=take: op.forward(w)[take]))
+    return out
+
+
+def _within(index: Index, shape: tuple[int, ...], box: tuple[slice, ...]) -> tuple[Index, tuple[slice, ...]] | None:
+    """Where in the box a source's values go, and which of them; None where there are none."""
+    to: list[int | slice] = []
+    take: list[slice] = []
+    for at, n, wanted in zip((*index, *(ALL,) * (len(shape) - len(index))), shape, box):
+        start, stop, _ = (slice(at, at + 1) if isinstance(at, int) else at).indices(n)
+        low, high = max(start, wanted.start), min(stop, wanted.stop)
+        if low >= high:
+            return None
+        to.append(low - wanted.start if isinstance(at, int) else slice(low - wanted.start, high - wanted.start))
+        take += [] if isinstance(at, int) else [slice(low - start, high - start)]
+    return tuple(to), tuple(take)
 
 
 def back(rules: Sequence[Rule], leaves: Mapping[str, object]) -> list[tuple[str, str, Index, Op]]:

@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from jdit.distributed import initialize
     from jdit.load import load
     from jdit.media import contact_sheet
     from jdit.pipeline.base import Pipeline
@@ -11,11 +12,12 @@ if TYPE_CHECKING:
     from jdit.structs import Output, Plan, Prompt
 
 _HOME = {
-    "load": "jdit.load", "contact_sheet": "jdit.media", "Pipeline": "jdit.pipeline.base", "Rules": "jdit.sharding",
-    "make_mesh": "jdit.sharding", "Output": "jdit.structs", "Plan": "jdit.structs", "Prompt": "jdit.structs",
+    "initialize": "jdit.distributed", "load": "jdit.load", "contact_sheet": "jdit.media",
+    "Pipeline": "jdit.pipeline.base", "Rules": "jdit.sharding", "make_mesh": "jdit.sharding", "Output": "jdit.structs",
+    "Plan": "jdit.structs", "Prompt": "jdit.structs",
 }  # fmt: skip
 
-__all__ = ["Output", "Pipeline", "Plan", "Prompt", "Rules", "contact_sheet", "load", "make_mesh"]
+__all__ = ["Output", "Pipeline", "Plan", "Prompt", "Rules", "contact_sheet", "initialize", "load", "make_mesh"]
 
 
 def __getattr__(name: str):

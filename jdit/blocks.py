@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from jdit import spans
 from jdit.atomic import CheckpointError
 from jdit.sharding import Path as ParamPath
 from jdit.sharding import dotted
@@ -148,34 +149,37 @@ class Stored:
                 out.append(f"{file}: {got} bytes, {want} are due (truncated or corrupt)")
         return out
 
-    def _read(self, start: int, stop: int) -> np.ndarray:
-        """Rows of the first axis."""
-        out = np.empty((stop - start, *self.shape[1:]), self.dtype)
-        row = math.prod(self.shape[1:]) * self.dtype.itemsize
-        raw, step = out.reshape(-1).view(np.uint8).data, self.chunks[0] if self.shape else 1
-        for number in range(start // step, -(-stop // step)):
-            first, last = max(start, number * step), min(stop, (number + 1) * step)
-            part = raw[(first - start) * row : (last - start) * row]
-            file = self._file(number)
-            try:
-                with open(file, "rb", buffering=0) as f:
-                    f.seek((first - number * step) * row)
-                    while part:
-                        if not (n := f.readinto(part)):
-                            raise CheckpointError(f"{file}: truncated")
-                        part = part[n:]
-            except OSError as e:
-                raise CheckpointError(f"{file}: {e.strerror}") from e
+    def block(self, box: Sequence[slice]) -> np.ndarray:
+        """A block (start and stop on each axis); hardly more is read."""
+        if not self.shape:
+            return self._part(0, lambda whole: whole)
+        rows, *rest = box
+        out, step = np.empty([s.stop - s.start for s in box], self.dtype), self.chunks[0]
+        for number in range(rows.start // step, -(-rows.stop // step)):
+            first, last = max(rows.start, number * step), min(rows.stop, (number + 1) * step)
+            inside = (slice(first - number * step, last - number * step), *rest)
+            out[first - rows.start : last - rows.start] = self._part(number, lambda chunk, at=inside: chunk[at])
         return out
+
+    def _part(self, number: int, view: spans.View) -> np.ndarray:
+        """What a view takes of one file."""
+        file = self._file(number)
+        try:
+            return spans.part(file, self.chunks, self.dtype, 0, view)
+        except EOFError as e:
+            raise CheckpointError(f"{file}: {e}") from None
+        except OSError as e:
+            raise CheckpointError(f"{file}: {e.strerror}") from e
 
     def __getitem__(self, index) -> np.ndarray:
         index = index if isinstance(index, tuple) else (index,)
-        if not self.shape:
-            return self._read(0, 1).reshape(())[index]
+        every = tuple(slice(0, n) for n in self.shape)
+        if not self.shape or index[0] is ...:
+            return self.block(every)[index]
         first, *rest = index
-        if first is ...:
-            return self._read(0, self.shape[0])[index]
         rows = range(self.shape[0])[first]
         if isinstance(rows, int):
-            return self._read(rows, rows + 1)[(0, *rest)]
-        return self._read(rows.start, max(rows.start, rows.stop))[(slice(None, None, rows.step), *rest)]
+            return self.block((slice(rows, rows + 1), *every[1:]))[(0, *rest)]
+        return self.block((slice(rows.start, max(rows.start, rows.stop)), *every[1:]))[
+            (slice(None, None, rows.step), *rest)
+        ]

@@ -24,7 +24,7 @@ from jaxtyping import Array
 from jdit.atomic import CheckpointError, whole, write_file
 from jdit.blocks import Leaf, Stored, Writer, leaf_of
 from jdit.sharding import Path as ParamPath
-from jdit.sharding import dotted
+from jdit.sharding import box, dotted, of_box
 
 log = logging.getLogger("jdit")
 
@@ -227,8 +227,8 @@ def restore(
 ) -> dict[ParamPath, Array]:
     """Read one component straight into the shardings and dtypes of `targets` (see `sharding.abstract`), or `only` some.
 
-    Each device reads its own part. A target without a sharding goes to the default device. What is read `partly` may
-    have further leaves.
+    Each device reads its own part, each of several processes what its devices hold. A target without a sharding goes to
+    the default device. What is read `partly` may have further leaves.
 
     Raises:
         CheckpointError: leaves missing, unknown or of another shape, files missing or cut: all at once.
@@ -238,8 +238,11 @@ def restore(
     root = Path(os.path.abspath(folder)) / component
     arrays = stored(folder, component)
     _raise(misfits(folder, component, arrays, targets, partly=partly), root)
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     wanted = [path for path in targets if only is None or path in only]
+    if jax.process_count() > 1:  # TensorStore reads whole blocks
+        cut = lambda path: arrays[dotted(path)].block(box(targets[path]))
+        return {path: of_box(targets[path], cut(path).astype(targets[path].dtype, copy=False)) for path in wanted}
     further = [tuple(name.split(".")) for name in arrays.keys() - {dotted(path) for path in targets}]
     item = dict.fromkeys([*targets, *further], ocp.PLACEHOLDER) | {path: targets[path] for path in wanted}
     args = {path: ocp.RestoreArgs() for path in further} | {

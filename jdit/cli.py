@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from jdit.cli_driving import check, pose
-from jdit.cli_generate import generate
+from jdit.cli_generate import Size, generate
+from jdit.cli_mesh import AUTO, Mesh, planned, rules_option
 from jdit.terminal import USER, Group, compilation_cache, import_jax, parts_of, progress_bar, say, setup
 
 EXAMPLES = {
@@ -22,7 +23,8 @@ Examples:
     "inspect": """\b
 Examples:
   jdit inspect fluent-image
-  jdit inspect ./stable-diffusion-3.5-large --json""",
+  jdit inspect ./stable-diffusion-3.5-large --json
+  jdit inspect wan2.1-t2v-14b --mesh auto --devices 8 --memory 80""",
     "train": """\b
 Examples:
   jdit train fluent-image/mmdit
@@ -75,21 +77,31 @@ def convert(src, dst, dtype, only, check, to, overwrite, parts):
 @click.argument("src")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--part", "parts", multiple=True, metavar="NAME=PATH", help="Take a component from elsewhere.")
+@click.option("--mesh", type=Mesh(AUTO), help="Plan for a mesh, as data=2,sequence=4; auto proposes one and says why.")
+@rules_option
+@click.option("--devices", type=click.IntRange(1), help="Propose for so many.  [default: those of this machine]")
+@click.option("--memory", type=click.FloatRange(min=0), metavar="GB",
+              help="Plan for devices of so much memory.  [default: what this one has]")  # fmt: skip
 @click.option("--room", type=click.FloatRange(min=0), metavar="GB",
-              help="Plan for so much memory of a device for weights.  [default: what this one has]")  # fmt: skip
-def inspect(src, as_json, parts, room):
-    """Tell what a checkpoint is: family, variant, components, sizes, dtypes. Exit code 2 if it has problems."""
+              help="Plan for so much of it for weights.  [default: what activations leave]")  # fmt: skip
+@click.option("--size", type=Size(), metavar="WxH", help="Plan for this size, as 1280x720.  [default: the model's]")
+@click.option("--frames", type=int, help="Plan for a video of so many.  [default: the model's]")
+def inspect(src, as_json, parts, mesh, rules, devices, memory, room, size, frames):
+    """Tell what a checkpoint or a variant is: family, components, sizes, dtypes, and what is on a device when it runs.
+    Exit code 2 if it has problems."""
     import_jax()
     from convert.inspect import inspect as look
+    from jdit.load import open_model
 
     found = look(src, parts=parts_of(parts))
     if not found["problems"] and {"transformer", "vae"} <= found["components"].keys():
-        from jdit.load import open_model
-
+        space, limit = (None if n is None else 1e9 * n for n in (room, memory))
+        height, width = size or (None, None)
         try:
-            space = None if room is None else 1e9 * room
-            found["memory"] = open_model(src, parts=parts_of(parts)).memory(room=space).describe()
-        except ValueError as e:  # components that do not go together
+            opened = open_model(src, parts=parts_of(parts), planned=True)
+            opened = opened.of_size(height=height, width=width, num_frames=frames)
+            found |= planned(opened, mesh, rules, devices, space, limit)
+        except ValueError as e:  # components that do not go together, options that cannot be
             found["problems"].append(str(e))
     if as_json:
         click.echo(json.dumps(found, indent=2))
@@ -119,6 +131,11 @@ def _print_inspection(found: dict[str, Any]):
     if found["tokenizers"]:
         out.print("tokenizers: " + ", ".join(found["tokenizers"]), markup=False, highlight=False)
     out.print(f"scheduler: {found['scheduler'].get('_class_name', 'none')}", markup=False, highlight=False)
+    if "proposal" in found:
+        asked = found["proposal"]
+        out.print(f"mesh: {asked['mesh']}, rules {asked['rules']}", markup=False, highlight=False)
+        for reason in asked["reasons"]:
+            out.print(f"  {reason['text']}", markup=False, highlight=False, soft_wrap=True)
     if "memory" in found:
         _print_memory(out, found["memory"])
     for problem in found["problems"]:
@@ -126,7 +143,7 @@ def _print_inspection(found: dict[str, Any]):
 
 
 def _print_memory(out: Console, plan: dict[str, Any]):
-    table = Table("stage", "on the device (bfloat16 weights, float32 tables)", "size", box=None, pad_edge=False)
+    table = Table("stage", "on each device (bfloat16 weights, float32 tables)", "size", box=None, pad_edge=False)
     for stage in plan["stages"]:
         table.add_row(stage["stage"], ", ".join(stage["resident"]), _size(stage["bytes"]))
     out.print(table)

@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from jdit import distributed
+from jdit.cli_mesh import join, make, mesh_options
 from jdit.cli_segments import write_segments
 from jdit.terminal import compilation_cache, err, import_jax, interruptible, parts_of, progress_bar, say
 
@@ -24,7 +26,12 @@ Examples:
   jdit generate "a cat surfing" --model DIR --frames 81 --size 832x480 -o clip.mp4
   jdit generate "the cat jumps" --model DIR --image first.png --last-image last.png -o clip.mp4
   jdit generate "an oil painting" --model DIR --video clip.mp4 --strength 0.8 -o painted.mp4
-  jdit generate "she dances" --model DIR --image her.png --pose pose.mp4 --face face.mp4 -o dance.mp4"""
+  jdit generate "she dances" --model DIR --image her.png --pose pose.mp4 --face face.mp4 -o dance.mp4
+  jdit generate "a cat surfing" --model DIR --mesh data=2,sequence=4 --rules fsdp -o clip.mp4"""
+
+
+OWN = ("process_id", "coordinator", "processes", "output")
+"""Options that each of several processes may have of its own."""
 
 
 class Size(click.ParamType):
@@ -38,20 +45,6 @@ class Size(click.ParamType):
         if not (m := re.fullmatch(r"(\d+)[xX×](\d+)", value)):
             self.fail(f"{value!r} is not WIDTHxHEIGHT, as 832x480", param, ctx)
         return int(m[2]), int(m[1])
-
-
-def _mesh(text: str | None):
-    if text is None:
-        return None
-    from jdit.sharding import MESH_AXES, make_mesh
-
-    sizes: dict[str, int] = {}
-    for item in text.split(","):
-        name, _, size = item.partition("=")
-        if name not in MESH_AXES or not size.isdigit():
-            raise click.BadParameter(f"{item!r}: give axes as {'=N,'.join(MESH_AXES)}=N", param_hint="--mesh")
-        sizes[name] = int(size)
-    return make_mesh(**sizes)
 
 
 @click.command(epilog=EXAMPLES)
@@ -109,22 +102,27 @@ def _mesh(text: str | None):
 @click.option("--grid", is_flag=True, help="One contact sheet of the pictures of all prompts.")
 @click.option("--dtype", type=click.Choice(["auto", "bfloat16", "float16", "float32"]), default="auto",
               show_default=True, help="auto: float32 on a CPU, bfloat16 elsewhere.")  # fmt: skip
-@click.option("--mesh", help="Devices, as data=2,sequence=4.")
+@mesh_options
 @click.option("--room", type=click.FloatRange(min=0), metavar="GB",
               help="Memory of a device for weights; what does not fit is read when used.  [default: all]")  # fmt: skip
 @click.option("--part", "parts", multiple=True, metavar="NAME=PATH", help="Take a component from elsewhere.")
-def generate(prompts, model, output, grid, fps, dtype, mesh, room, parts, **options):
+def generate(prompts, model, output, grid, fps, dtype, mesh, rules, coordinator, processes, process_id, room, parts,
+             **options):  # fmt: skip
     """Generate pictures or videos from prompts."""
     from jdit import media
 
-    media.check_target(output or Path("out.png"), (*media.FORMATS, *media.MOVIES))  # before anything slow
-    arguments = _arguments(**options)
     start = time.perf_counter()
     with err.status("loading") as status:
+        join(mesh, rules, coordinator=coordinator, processes=processes, process_id=process_id)
+        distributed.same("options", {n: v for n, v in click.get_current_context().params.items() if n not in OWN})
+        if distributed.first():
+            media.check_target(output or Path("out.png"), (*media.FORMATS, *media.MOVIES))  # before anything slow
+        arguments = _arguments(**options)
         jax = import_jax()
         compilation_cache()
         from jdit.load import open_model
 
+        on = make(mesh)
         opened = open_model(model, parts=parts_of(parts))
         dry = opened.dry()
         if "mask" in arguments and "mask" not in dry.takes:
@@ -134,13 +132,15 @@ def generate(prompts, model, output, grid, fps, dtype, mesh, room, parts, **opti
         chosen = dtype if dtype != "auto" else "float32" if jax.default_backend() == "cpu" else "bfloat16"
         on_component = lambda name: status.update(f"loading {name}")
         space = None if room is None else 1e9 * room
-        pipe = opened.pipeline(mesh=_mesh(mesh), dtype=chosen, room=space, on_component=on_component)
+        pipe = opened.pipeline(mesh=on, rules=rules, dtype=chosen, room=space, on_component=on_component)
     texts = list(prompts)
     if pipe.segmented(arguments) and output.suffix.lower() in media.MOVIES:
         written, timings = write_segments(pipe, texts, output, fps, **arguments)
         return _report(written, start, timings)
     with _listeners("on_frame" in dry.takes) as listeners:
         out = pipe(texts, **arguments, **listeners)
+    if not distributed.first():
+        return None
     assert out.pixels is not None  # only output="latents" has none
     if grid:
         captions = [t for t in texts for _ in range(arguments["num_outputs"])]
@@ -148,10 +148,12 @@ def generate(prompts, model, output, grid, fps, dtype, mesh, room, parts, **opti
         written = [output]
     else:
         written = out.save(output, fps=fps)
-    _report(written, start, out.timings)
+    return _report(written, start, out.timings)
 
 
 def _report(written: Sequence[Path], start: float, timings: Mapping[str, float]):
+    if not distributed.first():
+        return
     spent = ", ".join(f"{name} {s:.1f} s" for name, s in timings.items())
     say(f"{', '.join(map(str, written))} in {time.perf_counter() - start:.1f} s ({spent})")
 
@@ -200,7 +202,8 @@ def _target(output: Path | None, pipe, num_frames: int | None, fps: float | None
         raise ValueError(f"{output}: {family} makes pictures, no videos; there are {', '.join(media.FORMATS)}")
     if frames is not None and grid:
         raise ValueError(f"--grid lays pictures on a sheet; {family} makes videos")
-    media.check_target(output, num_frames=frames)
+    if distributed.first():
+        media.check_target(output, num_frames=frames)
     if fps is not None:
         from jdit.video import check_rate
 

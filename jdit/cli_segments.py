@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from jdit import distributed
 from jdit.terminal import interruptible, progress_bar, say
 
 
@@ -15,7 +16,7 @@ def write_segments(pipe, prompts: Sequence[str], output: Path, fps: float | None
     After Ctrl-C the files hold the whole segments that were made; the process says so and ends with code 130.
 
     Returns:
-        (paths, seconds a stage).
+        (paths, seconds a stage); of several processes only the first one writes and has any.
     """
     from jdit.media import numbered
     from jdit.video_writer import VideoWriter
@@ -27,6 +28,8 @@ def write_segments(pipe, prompts: Sequence[str], output: Path, fps: float | None
         try:
             with segment_progress() as listeners:
                 for out in pipe.stream(prompts, **arguments, **listeners):
+                    if not distributed.first():
+                        continue
                     for path in numbered(output, len(out.pixels)) if not writers else ():
                         writer = VideoWriter(path, fps or out.fps, *out.pixels.shape[2:4], growing=True)
                         writers.append(files.enter_context(writer))

@@ -23,7 +23,8 @@ from jdit.pipeline.base import Parts, Pipeline
 from jdit.pipeline.executor import Weights
 from jdit.pipeline.families import PIPELINES
 from jdit.pipeline.memory import MemoryPlan
-from jdit.sharding import Rules
+from jdit.pipeline.planner import Proposal, Work, propose
+from jdit.sharding import AnyMesh, Rules
 from jdit.structs import Plan
 
 log = logging.getLogger("jdit")
@@ -47,11 +48,12 @@ class Opened:
     problems: Callable[[str, dict], list[str]]
 
     def pipeline(
-        self, *, mesh: Mesh | None = None, rules: Rules | None = None, dtype: str = "bfloat16",
+        self, *, mesh: Mesh | None = None, rules: Rules | str | None = None, dtype: str = "bfloat16",
         room: float | None = None, on_component: OnComponent | None = None,
     ) -> Pipeline:  # fmt: skip
         """Read the weights. See `load`."""
         check_dtype(dtype)
+        rules = named(rules)
         if rules is not None and mesh is None:
             raise ValueError("rules says where axes go on a mesh: give mesh as well (jdit.make_mesh)")
         parts, makes, targets = self._placed(mesh, rules, dtype)
@@ -76,27 +78,59 @@ class Opened:
         weights = Weights({n: read(n) for n in plan.resident}, {n: (lambda n=n: read(n)) for n in waiting})
         return PIPELINES[parts.family](parts, weights, mesh=mesh)
 
-    def _placed(self, mesh: Mesh | None, rules: Rules | None, dtype: str):
+    def _placed(self, mesh: AnyMesh | None, rules: Rules | None, dtype: str):
         """Parts with dtype and rules in their configs, and each component's constructor and targets."""
         placed = {n: registry.placed(c, dtype, rules or Rules()) for n, c in self.parts.configs.items()}
         makes = {n: registry.of_config(c).make(c) for n, c in placed.items()}
-        targets = {n: sharding.abstract(make, mesh, rules)[1] for n, make in makes.items()}
+        plain = {n: registry.placed(c, dtype, Rules()) for n, c in self.parts.configs.items()}  # one for all rules
+        shapes = {n: sharding.described(registry.of_config(c).module, c) for n, c in plain.items()}
+        targets = {n: sharding.placed(module, mesh, rules) for n, module in shapes.items()}
         return dataclasses.replace(self.parts, configs=placed), makes, targets
 
     def memory(
-        self, *, mesh: Mesh | None = None, rules: Rules | None = None, dtype: str = "bfloat16",
-        room: float | None = None,
+        self, *, mesh: AnyMesh | None = None, rules: Rules | str | None = None, dtype: str = "bfloat16",
+        room: float | None = None, memory: float | None = None,
     ) -> MemoryPlan:  # fmt: skip
         """What is on a device in each stage of a usual call.
 
         Args:
-            room: bytes for weights; None asks the device.
+            mesh: may be one of devices that are not there (`sharding.planned_mesh`).
+            room: bytes for weights; None is what the device has beside activations.
+            memory: bytes a device has; None asks it.
         """
         check_dtype(dtype)
-        parts, _, targets = self._placed(mesh, rules, dtype)
-        return self._memory(parts, targets, mesh, room)
+        parts, _, targets = self._placed(mesh, named(rules), dtype)
+        return self._memory(parts, targets, mesh, room, memory)
 
-    def _memory(self, parts: Parts, targets: Mapping[str, dict], mesh: Mesh | None, room: float | None) -> MemoryPlan:
+    def propose(
+        self, devices: int, *, dtype: str = "bfloat16", room: float | None = None, memory: float | None = None
+    ) -> Proposal:
+        """A mesh of so many devices, and rules, for a usual call; arguments as those of `memory`."""
+        dry = self.dry()
+        work = Work(dry.tokens(), self.parts.configs["transformer"].heads, dry.rows > 1)
+        under = lambda sizes, rules: self.memory(
+            mesh=sharding.planned_mesh(**sizes), rules=rules, dtype=dtype, room=room, memory=memory
+        )
+        return propose(work, devices, under)
+
+    def of_size(self, **sizes: int | None) -> "Opened":
+        """The same source, of which a usual call has another height, width or num_frames.
+
+        Raises:
+            ValueError: sizes that do not work.
+        """
+        dry, given = self.dry(), {name: n for name, n in sizes.items() if n is not None}
+        if unknown := sorted(given.keys() - set(dry.takes)):
+            raise ValueError(f"{self.parts.family} does not take {', '.join(unknown)}")
+        dry.size(given.get("height"), given.get("width"))
+        dry.frames(given.get("num_frames"))
+        plan = dataclasses.replace(self.parts.plan, **given)
+        return dataclasses.replace(self, parts=dataclasses.replace(self.parts, plan=plan))
+
+    def _memory(
+        self, parts: Parts, targets: Mapping[str, dict], mesh: AnyMesh | None, room: float | None,
+        limit: float | None = None,
+    ) -> MemoryPlan:  # fmt: skip
         dry = PIPELINES[parts.family](parts, Weights({}))
         stages, sizes = dry.usual_stages(), {}
         for name in (entry for component in targets for entry in memory.entries(stages, component)):
@@ -106,7 +140,7 @@ class Opened:
                 sharding.bytes_a_device(leaves[p]) for p in _paths(parts.configs[component], part, leaves)
             )
         activations = dry.activations() / (mesh.size if mesh is not None else 1)
-        plan = memory.plan(stages, sizes, memory.room(activations) if room is None else room, dry.tables())
+        plan = memory.plan(stages, sizes, memory.room(activations, limit) if room is None else room, dry.tables())
         return plan._replace(activations=int(activations))
 
     def dry(self) -> Pipeline:
@@ -119,6 +153,15 @@ def _paths(cfg: Any, part: str | None, targets: Mapping[sharding.Path, Any]) -> 
     return [path for path in targets if split.holds(zoo.MODULES[type(cfg)], part, path)]
 
 
+def named(rules: Rules | str | None) -> Rules | None:
+    """Rules given as such or by a preset's name.
+
+    Raises:
+        ValueError: no such preset.
+    """
+    return Rules.named(rules) if isinstance(rules, str) else rules
+
+
 def check_dtype(dtype: str):
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}; there are {', '.join(DTYPES)}")
@@ -128,7 +171,7 @@ def load(
     source: str | Path = zoo.DEFAULT,
     *,
     mesh: Mesh | None = None,
-    rules: Rules | None = None,
+    rules: Rules | str | None = None,
     dtype: str = "bfloat16",
     parts: Mapping[str, str | Path] | None = None,
     room: float | None = None,
@@ -138,7 +181,8 @@ def load(
     Args:
         source: a bundled name (`jdit models` lists them), a jdit checkpoint, a diffusers folder, an original single
             file or release folder, or a hub id ("org/name[@revision]": the local cache first).
-        mesh: devices to spread over (`jdit.make_mesh`); None is one device. rules: which logical axis goes where.
+        mesh: devices to spread over (`jdit.make_mesh`); None is one device, whatever there are. rules: which logical
+            axis goes where, or the name of a preset: "replicated", "fsdp", "tensor" (the default; see `jdit.Rules`).
         dtype: of weights and computation; statistics stay float32.
         parts: component or tokenizer name -> file or folder to take it from instead, as
             {"text_encoder_3": "t5xxl.safetensors"}.
@@ -153,8 +197,14 @@ def load(
     return open_model(source, parts=parts).pipeline(mesh=mesh, rules=rules, dtype=dtype, room=room)
 
 
-def open_model(source: str | Path, *, parts: Mapping[str, str | Path] | None = None) -> Opened:
-    """Find out what a source is, without reading weights. See `load`."""
+def open_model(source: str | Path, *, parts: Mapping[str, str | Path] | None = None, planned: bool = False) -> Opened:
+    """Find out what a source is, without reading weights. See `load`.
+
+    Args:
+        planned: the name of a variant will do, as nothing is to be read.
+    """
+    if planned and str(source) in zoo.VARIANTS and not Path(source).exists():
+        return open_variant(str(source))
     if str(source) in zoo.BUNDLED and not Path(source).exists():
         plan = zoo.BUNDLED[str(source)]
         return _opened(open_source(ASSETS / str(source), parts=parts, plan=plan), str(source))
@@ -164,6 +214,17 @@ def open_model(source: str | Path, *, parts: Mapping[str, str | Path] | None = N
             raise ValueError("parts goes with PyTorch checkpoints; a jdit checkpoint has all of its own")
         return _opened_jdit(path)
     return _opened(open_source(source, parts=parts), None)
+
+
+def open_variant(name: str) -> Opened:
+    """A variant of the zoo (`jdit models` lists them) without its weights, to plan with."""
+    known = zoo.VARIANTS[name]
+    parts = Parts(known.family, name, known.components, {}, known.scheduler, known.plan, known.settings or {})
+
+    def none(*_: Any) -> Any:
+        raise ValueError(f"{name} is the name of a variant, without weights: they are at {known.source}")
+
+    return Opened(parts, none, none)
 
 
 def _opened(source: Source, name: str | None) -> Opened:

@@ -10,13 +10,14 @@ import functools
 import logging
 import math
 from collections.abc import Callable, Collection, Iterator
-from typing import Any
+from typing import Any, cast
 
 import jax
+import numpy as np
 from flax import nnx
 from flax.typing import PathParts
 from jax.core import Tracer
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 log = logging.getLogger("jdit")
@@ -42,6 +43,8 @@ class Rules:
     A dimension need not divide. Tokens (seq) are spread nevertheless where there are at least as many as devices, the
     last devices having fewer or none. Every other dimension of an activation or a parameter then stays whole on the
     mesh axis that it does not divide by, which is logged once.
+
+    Presets, which `Rules.named` and the command line know by name: `tensor` (as it stands), `replicated`, `fsdp`.
     """
 
     batch: MeshAxis = "data"
@@ -75,6 +78,32 @@ class Rules:
         """Over how many devices of the mesh that is set a logical axis is spread; 1 where none is."""
         return _ways(self.axes(name), dict(jax.sharding.get_abstract_mesh().shape))
 
+    @classmethod
+    def tensor(cls) -> "Rules":
+        """Weights spread over the tensor axis, by heads and the width of the MLPs: the default."""
+        return cls()
+
+    @classmethod
+    def replicated(cls) -> "Rules":
+        """All weights on every device."""
+        return cls(heads=None, mlp=None)
+
+    @classmethod
+    def fsdp(cls) -> "Rules":
+        """As `tensor`, and by the model's width over data and sequence: weights are gathered a layer at a time."""
+        return cls(embed=("data", "sequence"))
+
+    @classmethod
+    def named(cls, name: str) -> "Rules":
+        """A preset.
+
+        Raises:
+            ValueError: no such name.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"rules={name!r}; there are {', '.join(PRESETS)}")
+        return getattr(cls, name)()
+
     def spec(self, axes: tuple[str | None, ...], ndim: int | None = None) -> P:
         """PartitionSpec of right-aligned logical axes.
 
@@ -97,15 +126,56 @@ class Rules:
         return P(*entries)
 
 
+PRESETS = ("replicated", "fsdp", "tensor")
+
+
+def mesh_sizes(text: str) -> dict[str, int]:
+    """The axes of a mesh written as "data=2,sequence=4".
+
+    Raises:
+        ValueError: an axis that is not known or is named twice, or no whole number of at least 1.
+    """
+    sizes: dict[str, int] = {}
+    for item in text.split(","):
+        name, _, size = (part.strip() for part in item.partition("="))
+        if name not in MESH_AXES:
+            raise ValueError(f"{item!r}: no axis {name!r}; there are {', '.join(MESH_AXES)}, as data=2,sequence=4")
+        if name in sizes:
+            raise ValueError(f"{item!r}: {name} is there twice")
+        if not (size.isascii() and size.isdigit() and int(size)):
+            raise ValueError(f"{item!r}: {name} must be a whole number of devices, 1 or more")
+        sizes[name] = int(size)
+    return sizes
+
+
 def make_mesh(*, data: int = 1, sequence: int = 1, tensor: int = 1) -> Mesh:
-    """A mesh over the first data*sequence*tensor devices. Auto axis types: Explicit is jax.make_mesh's default."""
+    """A mesh over data*sequence*tensor devices: the first ones, of several processes as many of each.
+
+    Raises:
+        ValueError: fewer devices than that, or processes that would have unequal shares.
+    """
     sizes = (data, sequence, tensor)
-    need, have = data * sequence * tensor, jax.device_count()
+    need, have, processes = math.prod(sizes), jax.device_count(), jax.process_count()
+    what = f"mesh data={data}, sequence={sequence}, tensor={tensor} needs {need} devices"
     if min(sizes) < 1 or need > have:
-        raise ValueError(
-            f"mesh data={data}, sequence={sequence}, tensor={tensor} needs {need} devices; there are {have}"
-        )
-    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:need])
+        raise ValueError(f"{what}; there are {have}")
+    if need % processes:
+        raise ValueError(f"{what}, which are not as many of each of the {processes} processes")
+    # Auto axis types: jax.make_mesh's own default is Explicit
+    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=_first(need // processes))
+
+
+def _first(each: int) -> list[Any]:
+    """So many devices of each process, one process after another: those of a host stay together on the inner axes."""
+    return [d for p in range(jax.process_count()) for d in [d for d in jax.devices() if d.process_index == p][:each]]
+
+
+def planned_mesh(*, data: int = 1, sequence: int = 1, tensor: int = 1) -> AbstractMesh:
+    """A mesh of devices that need not be there, to plan with: `abstract` and memory plans take it."""
+    return AbstractMesh((data, sequence, tensor), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+AnyMesh = Mesh | AbstractMesh
 
 
 def _ways(axes: tuple[str, ...], sizes: dict[str, int]) -> int:
@@ -149,24 +219,37 @@ def shard(x: jax.Array, *axes: str | None, rules: Rules) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, _fit(rules, axes, x.shape, dict(mesh.shape), uneven))
 
 
-def param_sharding(var: nnx.Variable, shape: tuple[int, ...], mesh: Mesh, rules: Rules) -> NamedSharding:
+def param_sharding(var: nnx.Variable, shape: tuple[int, ...], mesh: AnyMesh, rules: Rules) -> NamedSharding:
     axes = var.get_metadata().get("axes", ())
     return NamedSharding(mesh, _fit(rules, axes, shape, dict(mesh.shape), ()))
 
 
-def abstract(make: Callable[[], nnx.Module], mesh: Mesh | None = None, rules: Rules | None = None):
+def abstract(make: Callable[[], nnx.Module], mesh: AnyMesh | None = None, rules: Rules | None = None):
     """Describe a module without allocating it.
 
     Returns:
         (graphdef, {path: ShapeDtypeStruct}); with a mesh each leaf carries its NamedSharding. This one tree gives
         shapes, shardings, the restore target, the converter's targets and the parameter count.
     """
-    graphdef, state = nnx.split(nnx.eval_shape(make))
-    leaves: dict[Path, jax.ShapeDtypeStruct] = {}
+    module = nnx.eval_shape(make)
+    return nnx.graphdef(module), placed(module, mesh, rules)
+
+
+@functools.cache
+def described(module: type[Any], cfg: Any) -> nnx.Module:
+    """The abstract module of a config; made once, as large ones take seconds."""
+    return nnx.eval_shape(lambda: module(cfg, rngs=nnx.Rngs(0)))
+
+
+def placed(
+    module: nnx.Module, mesh: AnyMesh | None = None, rules: Rules | None = None
+) -> dict[Path, jax.ShapeDtypeStruct]:
+    """The leaves of `abstract`, of an abstract module."""
+    state, leaves = nnx.state(module), {}
     for path, var in nnx.to_flat_state(state):
         sharding = param_sharding(var, var.shape, mesh, rules or Rules()) if mesh is not None else None
         leaves[path] = jax.ShapeDtypeStruct(var.shape, var.dtype, sharding=sharding)
-    return graphdef, leaves
+    return leaves
 
 
 def assemble(
@@ -205,6 +288,43 @@ def bytes_a_device(leaf: jax.ShapeDtypeStruct) -> int:
     """Bytes of a leaf of `abstract` on each device."""
     placed: Any = getattr(leaf, "sharding", None)
     return math.prod(leaf.shape if placed is None else placed.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+
+def whole(tree: Any) -> Any:
+    """The same values, with arrays of which devices of other processes hold parts put on every device: NumPy can then
+    read them. All processes must call it."""
+
+    def one(x: Any) -> Any:
+        if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
+            return x
+        everywhere = NamedSharding(cast(NamedSharding, x.sharding).mesh, P())
+        return _copy_to(everywhere)(x)
+
+    return jax.tree.map(one, tree)
+
+
+@functools.cache
+def _copy_to(where: NamedSharding) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(lambda x: x, out_shardings=where)
+
+
+def box(leaf: jax.ShapeDtypeStruct) -> tuple[slice, ...]:
+    """The part of a leaf of `abstract` that the devices of this process hold, as one block."""
+    placed: Any = getattr(leaf, "sharding", None)
+    if placed is None:
+        return tuple(slice(0, n) for n in leaf.shape)
+    held = [i for i in placed.addressable_devices_indices_map(leaf.shape).values()]
+    spans = [[s[axis].indices(n) for s in held] for axis, n in enumerate(leaf.shape)]
+    return tuple(slice(min(s[0] for s in span), max(s[1] for s in span)) for span in spans)
+
+
+def of_box(leaf: jax.ShapeDtypeStruct, host: np.ndarray) -> jax.Array:
+    """A leaf on its devices (the first of this process, where it has no sharding), of its `box` on the host."""
+    placed: Any = getattr(leaf, "sharding", None)
+    held, placed = box(leaf), placed or SingleDeviceSharding(jax.local_devices()[0])
+    shifted = lambda i, h: slice((i.start or 0) - h.start, (h.stop if i.stop is None else i.stop) - h.start)
+    pick = lambda index: host[tuple(map(shifted, index or (), held))]
+    return jax.make_array_from_callback(leaf.shape, placed, pick)
 
 
 def dotted(path: Path) -> str:

@@ -18,6 +18,8 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from jdit import distributed
+
 err = Console(stderr=True)
 USER, BROKEN = 2, 1  # exit codes: what the user gave, what broke
 CALLBACKS = ("jax._src.callback", "jax._src.debugging")  # modules through which the device calls Python
@@ -107,9 +109,13 @@ class Group(click.Group):
         try:
             with _on_ctrl_c(_interrupt), _not_swallowed():
                 return super().invoke(ctx)
-        except (click.ClickException, click.exceptions.Exit):
+        except click.ClickException as e:
+            distributed.fail(e.format_message(), e.exit_code)
+            raise
+        except click.exceptions.Exit:
             raise
         except (click.Abort, KeyboardInterrupt):
+            distributed.fail("interrupted; nothing half-written is left behind", 130)
             say("interrupted; nothing half-written is left behind")
             code = 130
         except (ValueError, FileNotFoundError, IsADirectoryError, PermissionError) as e:
@@ -128,6 +134,7 @@ def _fail(e: BaseException, code: int) -> int:
     text = str(e) or type(e).__name__
     if type(e).__name__ == "JaxRuntimeError":  # then follows what is allocated, or where in the compiler it was
         text = text.splitlines()[0]
+    distributed.fail(text, code)  # of several processes: ends them all
     say(text)
     return code
 
@@ -184,4 +191,5 @@ class _Count(MofNCompleteColumn):
 
 def progress_bar() -> Progress:
     columns = TextColumn("{task.description}"), BarColumn(), _Count(), TimeElapsedColumn()
-    return Progress(*columns, console=err, transient=True, disable=not err.is_terminal)
+    hidden = not err.is_terminal or not distributed.first()
+    return Progress(*columns, console=err, transient=True, disable=hidden)

@@ -24,6 +24,11 @@ def test_the_example_runs():
     assert space["changed"].shape == space["sample"].shape
 
 
+def test_several_processes():
+    count, space = run("multihost.md")
+    assert count == 1 and space["pipe"].mesh.size == 1
+
+
 def test_segments():
     count, space = run("segments.md")
     assert count == 2 and [len(piece) for piece in space["pieces"]] == [5, 5, 5]

@@ -94,9 +94,22 @@ def test_rules_refuse_collisions_and_unknown_names():
     assert Rules().spec(("embed", "mlp"), 4) == P(None, None, None, "tensor")
 
 
+def test_presets_of_rules():
+    mesh, spec = make_mesh(data=2, sequence=2, tensor=2), {}
+    for name in sharding.PRESETS:
+        _, leaves = sharding.abstract(lambda: MMDiT(CFG, rngs=nnx.Rngs(0)), mesh, Rules.named(name))
+        spec[name] = {sharding.dotted(p): s.sharding.spec for p, s in leaves.items()}["blocks.2.image.mlp.up.kernel"]
+    fsdp = P(None, ("data", "sequence"), "tensor")
+    assert spec == {"replicated": P(None, None, None), "fsdp": fsdp, "tensor": P(None, None, "tensor")}
+    assert Rules.tensor() == Rules() and Rules.fsdp() == FSDP
+    with pytest.raises(ValueError, match="rules='zero'; there are replicated, fsdp, tensor"):
+        Rules.named("zero")
+
+
 def test_mesh_that_cannot_be_had():
     with pytest.raises(ValueError, match="needs 16 devices; there are 8"):
         make_mesh(data=16)
+    assert sharding.planned_mesh(data=16).size == 16
 
 
 @pytest.mark.parametrize("tokens, axis, ways", [(16, "seq", 8), (13, "seq", 8), (5, "seq", 1), (13, "rows", 1)])

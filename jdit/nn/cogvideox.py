@@ -140,7 +140,7 @@ class CogVideoXBlock(nnx.Module):
     def __init__(self, cfg: CogVideoXConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg
         d = cfg.width
-        self.mod = layers.fused_linear(cfg.time_dim, 12, d, (None, "mlp"), dtype=cfg.dtype, rngs=rngs)
+        self.mod = layers.fused_linear(cfg.time_dim, 12, d, ("embed", "mlp"), dtype=cfg.dtype, rngs=rngs)
         self.norm1, self.norm2 = _norm(cfg), _norm(cfg)
         self.attn = JointAttention(cfg, rngs=rngs)
         self.mlp = layers.Mlp(d, 4 * d, ACTIVATIONS[cfg.act], dtype=cfg.dtype, rngs=rngs)
@@ -191,7 +191,7 @@ class CogVideoX(nnx.Module):
         self.ofs = None if cfg.ofs_dim is None else layers.TimeMlp(cfg.ofs_dim, cfg.ofs_dim, **kw)
         self.blocks = layers.stack(lambda r: CogVideoXBlock(cfg, rngs=r), cfg.layers, rngs)
         self.norm, self.final_norm = _norm(cfg), _norm(cfg)
-        self.final_mod = layers.fused_linear(cfg.time_dim, 2, d, (None, "mlp"), **kw)
+        self.final_mod = layers.fused_linear(cfg.time_dim, 2, d, ("embed", "mlp"), **kw)
         self.final = layers.linear(d, size * cfg.out_channels, ("embed", None), **kw)
 
     def modulation(self, t: Float[Array, "..."] | float, ofs: float = OFS) -> Modulation:

@@ -106,7 +106,7 @@ class RefinerBlock(nnx.Module):
         self.cfg = cfg
         d = cfg.width
         kw: dict[str, Any] = dict(dtype=cfg.dtype, rngs=rngs)
-        self.mod = layers.fused_linear(d, 2, d, (None, "mlp"), **kw)
+        self.mod = layers.fused_linear(d, 2, d, ("embed", "mlp"), **kw)
         self.norm1, self.norm2 = (layers.LayerNorm(d, eps=1e-6, dtype=cfg.dtype) for _ in range(2))
         self.attn = SelfAttention(dataclasses.replace(cfg, qk_norm=None), rngs=rngs)
         self.mlp = layers.Mlp(d, 4 * d, layers.silu, **kw)  # upstream: whatever mlp_ratio says
@@ -158,7 +158,7 @@ class SingleBlock(nnx.Module):
         self.cfg = cfg
         d = cfg.width
         kw: dict[str, Any] = dict(dtype=cfg.dtype, rngs=rngs)
-        self.mod = layers.fused_linear(d, 3, d, (None, "mlp"), **kw)
+        self.mod = layers.fused_linear(d, 3, d, ("embed", "mlp"), **kw)
         self.attn = SelfAttention(cfg, out=False, more=cfg.mlp_ratio, rngs=rngs)
         self.out = layers.joined_linear(1 + cfg.mlp_ratio, d, d, ("mlp", "embed"), **kw)
 
@@ -206,7 +206,7 @@ class HunyuanVideo(nnx.Module):
         self.refiner = TokenRefiner(cfg, rngs=rngs)
         self.blocks = layers.stack(lambda r: JointBlock(cfg, rngs=r), cfg.layers, rngs)
         self.singles = layers.stack(lambda r: SingleBlock(cfg, rngs=r), cfg.single_layers, rngs)
-        self.final_mod = layers.fused_linear(d, 2, d, (None, "mlp"), **kw)
+        self.final_mod = layers.fused_linear(d, 2, d, ("embed", "mlp"), **kw)
         self.final = layers.linear(d, size * cfg.out_channels, ("embed", None), **kw)
 
     def modulation(

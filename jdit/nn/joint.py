@@ -45,7 +45,7 @@ class Stream(nnx.Module):
     def __init__(self, cfg: JointConfig, parts: int, *, ends: bool = False, rngs: nnx.Rngs):
         d = cfg.width
         kw: dict[str, Any] = dict(dtype=cfg.dtype, rngs=rngs)
-        self.mod = layers.fused_linear(d, parts, d, (None, "mlp"), **kw)
+        self.mod = layers.fused_linear(d, parts, d, ("embed", "mlp"), **kw)
         self.attn = SelfAttention(cfg, out=not ends, rngs=rngs)
         self.mlp = None if ends else layers.Mlp(d, cfg.mlp, layers.gelu_tanh, **kw)
 

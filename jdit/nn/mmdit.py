@@ -103,7 +103,7 @@ class MMDiT(nnx.Module):
             layers.stack(lambda r, g=g: JointBlock(cfg, g.dual, g.last, rngs=r), len(g.layers), rngs)
             for g in cfg.groups
         )
-        self.final_mod = layers.fused_linear(d, 2, d, (None, "mlp"), **kw)
+        self.final_mod = layers.fused_linear(d, 2, d, ("embed", "mlp"), **kw)
         self.final = layers.linear(d, p * p * cfg.out_channels, ("embed", None), **kw)
 
     def modulation(self, t: Float[Array, "..."], pooled: Float[Array, "B P"]) -> Modulation:

@@ -103,7 +103,7 @@ class QwenImage(nnx.Module):
         self.text_norm = layers.RMSNorm(cfg.text_dim, eps=1e-6, dtype=cfg.dtype)
         self.text = layers.linear(cfg.text_dim, d, (None, "embed"), **kw)
         self.blocks = layers.stack(lambda r: JointBlock(cfg, rngs=r), cfg.layers, rngs)
-        self.final_mod = layers.fused_linear(d, 2, d, (None, "mlp"), **kw)
+        self.final_mod = layers.fused_linear(d, 2, d, ("embed", "mlp"), **kw)
         self.final = layers.linear(d, size * cfg.out_channels, ("embed", None), **kw)
 
     def modulation(self, t: Float[Array, "..."] | float, kind: Int[Array, "B"] | int = KIND) -> Modulation:

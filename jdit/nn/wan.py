@@ -204,7 +204,7 @@ class WanTrunk(nnx.Module):
         kw: dict[str, Any] = dict(dtype=cfg.dtype, rngs=rngs)
         self.patch = layers.linear(size * cfg.in_channels, d, (None, "embed"), **kw)
         self.time = layers.TimeMlp(cfg.freq_dim, d, dtype="float32", rngs=rngs)
-        self.time_mod = layers.fused_linear(d, 6, d, (None, "mlp"), **kw)
+        self.time_mod = layers.fused_linear(d, 6, d, ("embed", "mlp"), **kw)
         self.text = layers.Mlp(cfg.text_dim, d, layers.gelu_tanh, d_out=d, **kw)
         self.image = None if cfg.image_dim is None else ImageEmbedding(cfg, rngs=rngs)
         self.blocks = layers.stack(lambda r: WanBlock(cfg, rngs=r), cfg.layers, rngs)

@@ -188,6 +188,15 @@ class Pipeline:
         are too large to be made: see `jdit.pipeline.modulation`)."""
         return {}
 
+    @property
+    def rows(self) -> int:
+        """Samples that the transformer sees in a step of a usual call for each prompt: 2 under guidance."""
+        return 2 if self.plan.guidance > 1 else 1
+
+    def tokens(self) -> int:
+        """Tokens of the picture or video of a usual call, which a mesh's sequence axis divides."""
+        raise TypeError(f"{type(self).__name__} is abstract: use a family's pipeline")
+
     def activations(self) -> float:
         """Bytes that a usual call needs beside the weights, about; 0 where nobody has measured."""
         return 0.0

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jdit import sharding
 from jdit.nn.vae.tiling import one_at_a_time
 from jdit.structs import Output, Prompt, Text
 
@@ -41,11 +42,12 @@ def first_noise(given: Mapping[str, Any], shape: tuple[int, ...]) -> jax.Array:
 
 
 def result(values: Mapping[str, Any], timings: dict[str, float], fps: float | None = None) -> Output:
-    """What a call returns.
+    """What a call returns, whole in every process.
 
     Raises:
         FloatingPointError: the latents hold NaN or infinity.
     """
+    values = sharding.whole({name: values[name] for name in ("latents", "pixels") if name in values})
     check_finite(values["latents"], "denoise")
     pixels = np.asarray(values["pixels"]) if "pixels" in values else None
     return Output(pixels, values["latents"], timings, fps)

@@ -282,14 +282,19 @@ class CogVideoXVideo(base.Pipeline):
         """What the size of a table depends on."""
         return CogVideoX, self._cfg, modulation.spec(steps)
 
+    def tokens(self) -> int:
+        """See the base class."""
+        height, width = self.size()
+        latent = self._latent(self.frames()) * height * width // self._vae.space_factor**2
+        return latent // math.prod(self._cfg.patch_3d)
+
     def activations(self) -> float:
         """See the base class: about 28 bytes a token and width in the transformer (as Wan's), and sixteen arrays of a
         batch of frames at full size in the autoencoder (benchmarks/cogvideox_h100.md: 2.6 GB where this gives 3.1, and
         12.4 GB where this gives 12.7)."""
-        cfg, vae, rows = self._cfg, self._vae, 2 if self.plan.guidance > 1 else 1
-        (height, width), frames = self.size(), self.frames()
-        latent = self._latent(frames) * height * width // vae.space_factor**2
-        tokens = cfg.text_tokens + latent // math.prod(cfg.patch_3d)
+        cfg, vae, rows = self._cfg, self._vae, self.rows
+        height, width = self.size()
+        tokens = cfg.text_tokens + self.tokens()
         batch = (2 * vae.frame_factors[1] + 1) * height * width * vae.channels[0]
         return max(rows * 28 * tokens * cfg.width, 16 * batch * np.dtype(jnp.dtype(vae.dtype)).itemsize)
 

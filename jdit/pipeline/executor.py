@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jdit import sharding
 from jdit.nn import parts
 from jdit.sampling import segments
 
@@ -128,7 +129,7 @@ def run(
             for carry, result, _ in _replays(block, weights, values, results, timings, on_stage):
                 values |= carry
                 for name in results:
-                    kept[name].append(jax.device_get(result[name]))
+                    kept[name].append(jax.device_get(sharding.whole(result[name])))
             values |= kept
         weights.release({w for s in stages[n:] for w in s.weights})
     return values, timings
@@ -146,7 +147,7 @@ def stream(
     values, timings = run(stages[: n - len(block)], weights, values)
     try:
         for _, result, spent in _replays(block, weights, values, tuple(results), {}, None):
-            yield result, timings | spent
+            yield sharding.whole(result), timings | spent
             timings = {}
     finally:
         weights.release(set())
@@ -290,8 +291,10 @@ def blocks(stages: Sequence[Stage]) -> list[tuple[int, list[Stage]]]:
 
 def _call(stage: Stage, weights: Weights, values: Mapping[str, Any]) -> dict[str, Any]:
     modules = [weights[name] for name in stage.weights]
-    fn = stage.fn if stage.host else compiled(stage.fn, _static(stage))
-    out = fn(*modules, *(values[name] for name in stage.reads))
+    given = [values[name] for name in stage.reads]
+    if stage.host:
+        return _named(stage, stage.fn(*modules, *sharding.whole(given)))
+    out = compiled(stage.fn, _static(stage))(*modules, *given)
     return _named(stage, jax.block_until_ready(out))
 
 

@@ -155,26 +155,31 @@ class HunyuanVideoGeneration(base.Pipeline):
 
     def _modulation(self, steps: int | None = None, prompts: int | None = None) -> tuple[Any, ...]:
         """What the size of the tables depends on; `prompts` counts the negative ones."""
-        cfg, tokens, rows = self._cfg, self.plan.max_text_tokens, or_(prompts, self._rows)
+        cfg, tokens, rows = self._cfg, self.plan.max_text_tokens, or_(prompts, self.rows)
         spec: Any = modulation.spec
         text = Text(spec(rows, tokens, cfg.text_dim), spec(rows, cfg.pooled_dim))
         return HunyuanVideo, cfg, spec(or_(steps, self.plan.steps)), text, spec() if cfg.guidance else None
 
     @property
-    def _rows(self) -> int:
+    def rows(self) -> int:
         """Prompts of a usual call of one, the negative one included."""
         return 2 if self._guidance({})[1] > 1 else 1
+
+    def tokens(self) -> int:
+        """See the base class."""
+        height, width = self.size()
+        latent = self._vae.latent_frames(self.frames()) * height * width // self._vae.space_factor**2
+        return latent // math.prod(self._cfg.patch_3d)
 
     def activations(self) -> float:
         """See the base class; by count: about 36 bytes a token and width in the transformer's fused blocks, and twelve
         arrays of a tile at full size in the autoencoder."""
         cfg, vae = self._cfg, self._vae
         (height, width), frames = self.size(), self.frames()
-        latent = vae.latent_frames(frames) * height * width // vae.space_factor**2
-        tokens = self.plan.max_text_tokens + latent // math.prod(cfg.patch_3d)
+        tokens = self.plan.max_text_tokens + self.tokens()
         tile = (FRAME_TILES.size + 1) * math.prod(map(min, (height, width), Tiles().size)) * vae.channels[0]
         pixels = 12 * tile * np.dtype(jnp.dtype(vae.dtype)).itemsize + 3 * frames * height * width
-        return max(self._rows * 36 * tokens * cfg.width, pixels)
+        return max(self.rows * 36 * tokens * cfg.width, pixels)
 
     def table(self, steps: int, *, shift=None, solver=None) -> sampling.Table:
         """The solver's table of a run."""

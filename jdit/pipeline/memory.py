@@ -110,7 +110,12 @@ def _peak(stages: Sequence[Resident]) -> int:
     return max((s.bytes for s in stages), default=0)
 
 
-def room(activations: float = 0) -> float | None:
-    """Bytes that a device has for weights: what activations need is left to them, a tenth and 4 GB at least."""
-    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+def room(activations: float = 0, limit: float | None = None) -> float | None:
+    """Bytes that a device has for weights: what activations need is left to them, a tenth and 4 GB at least.
+
+    Args:
+        limit: bytes of its memory; None asks the device.
+    """
+    if limit is None:
+        limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     return None if limit is None else limit - max(4e9, 0.1 * limit, activations)

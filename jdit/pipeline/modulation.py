@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from jdit import sharding
 from jdit.nn import parts
@@ -50,20 +49,16 @@ def spec(*shape: int, dtype: str = "float32") -> jax.ShapeDtypeStruct:
 
 
 @functools.cache
-def _abstract(module: type[Any], cfg: Any) -> Any:
-    return nnx.eval_shape(lambda: module(cfg, rngs=nnx.Rngs(0)))
-
-
-@functools.cache
 def table_bytes(module: type[Any], cfg: Any, *inputs: Any, make: Callable | None = None) -> int:
     """Size of `make(module, *inputs)`, or of `module.modulation_table(*inputs)`; inputs are made of `spec`."""
-    return sharding.tree_bytes(jax.eval_shape(make or module.modulation_table, _abstract(module, cfg), *inputs))
+    described = sharding.described(module, cfg)
+    return sharding.tree_bytes(jax.eval_shape(make or module.modulation_table, described, *inputs))
 
 
 @functools.cache
 def weight_bytes(module: type[Any], cfg: Any, part: str) -> int:
     """Size of a part of the module's weights."""
-    return sharding.tree_bytes(parts.take(_abstract(module, cfg), part))
+    return sharding.tree_bytes(parts.take(sharding.described(module, cfg), part))
 
 
 def tabled(module: type[Any], cfg: Any, times: Any, *prompts: Any, make: Callable | None = None) -> bool:

@@ -181,12 +181,17 @@ class QwenImageGeneration(base.Pipeline):
         """What the size of a table depends on."""
         return QwenImage, self._cfg, modulation.spec(steps)
 
+    def tokens(self) -> int:
+        """See the base class; those of the pictures that are shown beside it count too."""
+        height, width = self.size()
+        return height * width // self.size_multiple**2 * self._shown
+
     def activations(self) -> float:
         """See the base class; by count: about 28 bytes a token and width in the transformer (as Wan's), and eight
         pictures at full size in the autoencoder."""
-        cfg, vae, rows = self._cfg, self._vae, 2 if self.plan.guidance > 1 else 1
+        cfg, vae, rows = self._cfg, self._vae, self.rows
         height, width = self.size()
-        tokens = self.plan.max_text_tokens + height * width // self.size_multiple**2 * self._shown
+        tokens = self.plan.max_text_tokens + self.tokens()
         bytes_a_value = np.dtype(jnp.dtype(vae.dtype)).itemsize
         return max(rows * 28 * tokens * cfg.width, 8 * height * width * vae.width * bytes_a_value)
 

@@ -267,10 +267,15 @@ class StableDiffusion3(base.Pipeline):
         """See the base class."""
         return {"modulation": modulation.table_bytes(*self._modulation())}
 
+    def tokens(self) -> int:
+        """See the base class."""
+        height, width = self.size()
+        return (height // self.size_multiple) * (width // self.size_multiple)
+
     def _modulation(self, steps: int | None = None, prompts: int | None = None) -> tuple[Any, ...]:
         """What the size of a table depends on; `prompts` counts the negative ones."""
-        cfg, usual = self.parts.configs["transformer"], 2 if self.plan.guidance > 1 else 1
-        pooled = modulation.spec(or_(prompts, usual), cfg.pooled_dim, dtype=cfg.dtype)
+        cfg = self.parts.configs["transformer"]
+        pooled = modulation.spec(or_(prompts, self.rows), cfg.pooled_dim, dtype=cfg.dtype)
         return MMDiT, cfg, modulation.spec(or_(steps, self.plan.steps)), pooled
 
     def table(self, height: int, width: int, steps: int, *, shift=None, solver=None, strength: float | None = None):

@@ -71,14 +71,19 @@ class WanPipeline(base.Pipeline):
         calls.check_size(*size, (factor * cfg.patch[1], factor * cfg.patch[2]), cfg.max_positions)
         return size
 
+    def tokens(self) -> int:
+        """See the base class."""
+        cfg, vae = self.parts.configs["transformer"], self.parts.configs["vae"]
+        (height, width), frames = self.size(), self.frames() or 1
+        frames = (frames - 1) // vae.time_factor + 1
+        return frames * height * width // vae.space_factor**2 // math.prod(cfg.patch)
+
     def activations(self) -> float:
         """See the base class; fitted to what 1.3B, 14B and the autoencoder took at 81 x 480 x 832 in bfloat16
         (benchmarks/wan_h200.md)."""
         cfg, vae = self.parts.configs["transformer"], self.parts.configs["vae"]
-        (height, width), frames = self.size(), self.frames() or 1
-        frames = (frames - 1) // vae.time_factor + 1
-        tokens = frames * height * width // vae.space_factor**2 // math.prod(cfg.patch)
-        rows = 2 if self.plan.guidance > 1 else 1
+        height, width = self.size()
+        rows = self.rows
         context = 4 * cfg.layers * self.plan.max_text_tokens * cfg.width
         pixels = height * width // (vae.patch or 1) ** 2
-        return max(rows * (28 * tokens * cfg.width + context), 110 * pixels * (vae.decoder_width or vae.width))
+        return max(rows * (28 * self.tokens() * cfg.width + context), 110 * pixels * (vae.decoder_width or vae.width))
