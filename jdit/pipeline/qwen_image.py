@@ -17,7 +17,8 @@ from jdit.pipeline import base, calls, modulation
 from jdit.pipeline import qwen_stages as stage
 from jdit.pipeline.calls import or_
 from jdit.pipeline.executor import Stage, run
-from jdit.pipeline.qwen_prompts import GENERATE, PromptIds, Template, prompt_ids
+from jdit.pipeline.qwen_prompts import GENERATE, PromptIds, prompt_ids
+from jdit.pipeline.templates import Template
 from jdit.structs import Output, Prompt
 
 SIDE = 1024
