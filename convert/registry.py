@@ -9,7 +9,7 @@ from convert import autoencoder_kl_cogvideox as cogvideox_vae
 from convert import autoencoder_kl_hunyuan_video as hunyuan_vae
 from convert import autoencoder_kl_qwen_image as qwen_vae
 from convert import autoencoder_kl_wan as wan_vae
-from convert import clip, clip_vision, cogvideox, hunyuan_video, qwen2_5_vl, qwen_image, sd3, t5, wan, wan_animate
+from convert import clip, clip_vision, cogvideox, hunyuan_video, llava, qwen2_5_vl, qwen_image, sd3, t5, wan, wan_animate
 from convert.component import Component
 from convert.families import cogvideox as cogvideox_family
 from convert.families import qwen_image as qwen_family
@@ -24,6 +24,7 @@ from jdit.nn.hunyuan_video import HunyuanVideo
 from jdit.nn.mmdit import MMDiT
 from jdit.nn.qwen_image import QwenImage
 from jdit.nn.text.clip import CLIPText
+from jdit.nn.text.llava import Llava
 from jdit.nn.text.qwen2_5_vl import Qwen2_5VL
 from jdit.nn.text.t5 import T5
 from jdit.nn.vae.autoencoder_kl import AutoencoderKL
@@ -68,6 +69,7 @@ COMPONENTS: dict[str, Component] = {
         Component(
             qwen2_5_vl.CLASS, Qwen2_5VL, qwen2_5_vl.config, qwen2_5_vl.upstream_config, qwen2_5_vl.rules, "transformers"
         ),
+        Component(llava.CLASS, Llava, llava.config, llava.upstream_config, llava.rules, "transformers"),
         Component("WanTransformer3DModel", Wan, wan.config, wan.upstream_config, wan.rules),
         Component(
             "WanAnimateTransformer3DModel", WanAnimate, wan_animate.config, wan_animate.upstream_config,

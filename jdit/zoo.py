@@ -11,6 +11,7 @@ from jdit.nn.hunyuan_video import HunyuanVideo, HunyuanVideoConfig
 from jdit.nn.mmdit import MMDiT, MMDiTConfig
 from jdit.nn.qwen_image import QwenImage, QwenImageConfig
 from jdit.nn.text.clip import CLIPText, CLIPTextConfig
+from jdit.nn.text.llava import Llava, LlavaConfig
 from jdit.nn.text.qwen2_5_vl import Qwen2_5VL, Qwen2_5VLConfig
 from jdit.nn.text.t5 import T5, T5Config
 from jdit.nn.vae.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
@@ -47,6 +48,7 @@ MODULES: dict[type, type[nnx.Module]] = {
     CLIPTextConfig: CLIPText,
     T5Config: T5,
     Qwen2_5VLConfig: Qwen2_5VL,
+    LlavaConfig: Llava,
     CLIPVisionConfig: CLIPVision,
     WanConfig: Wan,
     WanAnimateConfig: WanAnimate,

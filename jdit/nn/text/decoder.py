@@ -66,6 +66,8 @@ class DecoderConfig:
             raise ValueError(f"width={self.width} is not a multiple of heads={self.heads}, and head_dim is not given")
         if self.sections is not None and sum(self.sections) * 2 != self.head:
             raise ValueError(f"sections={self.sections} must add up to half of the head dim, {self.head // 2}")
+        if self.head_dim is not None and self.head_dim * self.heads == self.width:
+            object.__setattr__(self, "head_dim", None)  # said or not, it is the same architecture
         if self.scaling is not None:  # a plain tuple from a file
             object.__setattr__(self, "scaling", RopeScaling(*self.scaling))
 
