@@ -29,7 +29,8 @@ def config(upstream: Mapping, *, dtype: str = "float32", rules: Rules = Rules())
     """
     text: Mapping[str, Any] = upstream.get("text_config") or {}
     seen: Mapping[str, Any] = upstream.get("vision_config") or clip_vision.upstream_config(CLIP_L_336)
-    layer, strategy = upstream.get("vision_feature_layer", -2), upstream.get("vision_feature_select_strategy", "default")
+    layer = upstream.get("vision_feature_layer", -2)
+    strategy = upstream.get("vision_feature_select_strategy", "default")
     problems = []
     for name, part, kind in (("text_config", text, "llama"), ("vision_config", seen, "clip_vision_model")):
         if part.get("model_type", kind) != kind:
@@ -78,8 +79,8 @@ def rules(cfg: LlavaConfig) -> list[Rule]:
         out += decoder.rules(cfg.language, prefix, "language.", alias=n > 0)
     for n, prefix in enumerate(OTHERS):
         for rule in clip_vision.rules(cfg.vision):
-            path = rule.target and f"vision.{rule.target}"
-            out.append(rule._replace(source=f"{prefix}vision_tower.{rule.source}", target=path, alias=rule.alias or n > 0))
+            name, path = f"{prefix}vision_tower.{rule.source}", rule.target and f"vision.{rule.target}"
+            out.append(rule._replace(source=name, target=path, alias=rule.alias or n > 0))
         for name, path in (("linear_1", "projector.up"), ("linear_2", "projector.down")):
             name = f"{prefix}multi_modal_projector.{name}"
             out.append(Rule(f"{name}.weight", f"{path}.kernel", ops.linear, alias=n > 0))

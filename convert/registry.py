@@ -9,7 +9,19 @@ from convert import autoencoder_kl_cogvideox as cogvideox_vae
 from convert import autoencoder_kl_hunyuan_video as hunyuan_vae
 from convert import autoencoder_kl_qwen_image as qwen_vae
 from convert import autoencoder_kl_wan as wan_vae
-from convert import clip, clip_vision, cogvideox, hunyuan_video, llava, qwen2_5_vl, qwen_image, sd3, t5, wan, wan_animate
+from convert import (
+    clip,
+    clip_vision,
+    cogvideox,
+    hunyuan_video,
+    llava,
+    qwen2_5_vl,
+    qwen_image,
+    sd3,
+    t5,
+    wan,
+    wan_animate,
+)
 from convert.component import Component
 from convert.families import cogvideox as cogvideox_family
 from convert.families import qwen_image as qwen_family

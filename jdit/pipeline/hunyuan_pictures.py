@@ -37,8 +37,7 @@ TEMPLATE = Template(
     begin="<|begin_of_text|>",
 )  # fmt: skip
 CUT = 4
-"""Tokens up to the end of the assistant's header, that is the header and the token before it, which the transformer does
-not see; it sees what follows."""
+"""Tokens of the assistant's header and the one before it, which the transformer does not see; it sees what follows."""
 EVERY = {"latent_concat": 2, "token_replace": 4}
 """Of a picture's tokens, the transformer sees the first of so many. Of the negative prompt's it is 2, as upstream."""
 NEGATIVE_EVERY = 2

@@ -1,4 +1,4 @@
-"""The prompts of HunyuanVideo's image to video against its pipeline: tokens, states that the transformer sees, masks."""
+"""Prompts of HunyuanVideo's image to video against its pipeline: tokens, states that the transformer sees, masks."""
 
 import logging
 

@@ -18,7 +18,7 @@ from jdit.nn.text.llava import Llava
 from jdit.nn.text.tokenizer import Tokenizer as Ours
 
 WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+"
-SPECIAL = "<|begin_of_text|> <|start_header_id|> <|end_header_id|> <|eot_id|> <image> <pad>".split()
+SPECIAL = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<image>", "<pad>"]
 
 
 def llama_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
@@ -51,7 +51,8 @@ def template(tokenizer) -> dict[str, Any]:
 
 
 def text_encoder(tokenizer, seed: int = 3):
-    ids = {n: tokenizer.convert_tokens_to_ids(t) for n, t in (("image_token_index", "<image>"), ("pad_token_id", "<pad>"))}
+    named = {"image_token_index": "<image>", "pad_token_id": "<pad>"}
+    ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in named.items()}
     return util_llava.upstream(seed, util_llava.TEXT | {"vocab_size": len(tokenizer)}, **ids)
 
 
