@@ -120,6 +120,8 @@ def original_rules(cfg: CLIPTextConfig, prefix: str = "") -> list[Rule]:
         out.append(Rule(f"{prefix}text_projection.weight", "projection.kernel", ops.linear))
         for name in {f"{prefix}text_projection", f"{outer}text_projection"}:  # OpenCLIP's: a matrix (D, P), not a layer
             out.append(Rule(name, "projection.kernel", alias=True))
+    else:
+        out += [Rule(f"{prefix}text_projection.weight", None), Rule(f"{prefix}text_projection", None)]
     return out
 
 

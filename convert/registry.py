@@ -15,6 +15,7 @@ from convert import (
     cogvideox,
     hunyuan_video,
     llava,
+    llama,
     qwen2_5_vl,
     qwen_image,
     sd3,
@@ -24,6 +25,7 @@ from convert import (
 )
 from convert.component import Component
 from convert.families import cogvideox as cogvideox_family
+from convert.families import hunyuan_video as hunyuan_family
 from convert.families import qwen_image as qwen_family
 from convert.families import sd3 as sd3_family
 from convert.families import wan as wan_family
@@ -36,6 +38,7 @@ from jdit.nn.hunyuan_video import HunyuanVideo
 from jdit.nn.mmdit import MMDiT
 from jdit.nn.qwen_image import QwenImage
 from jdit.nn.text.clip import CLIPText
+from jdit.nn.text.decoder import Decoder
 from jdit.nn.text.llava import Llava
 from jdit.nn.text.qwen2_5_vl import Qwen2_5VL
 from jdit.nn.text.t5 import T5
@@ -66,6 +69,10 @@ def _t5(name: str) -> Component:
     return Component(name, T5, read, t5.upstream_config, t5.rules, "transformers")
 
 
+def _llama(name: str) -> Component:
+    return Component(name, Decoder, llama.config, llama.upstream_config, llama.rules, "transformers")
+
+
 COMPONENTS: dict[str, Component] = {
     c.upstream_class: c
     for c in (
@@ -81,6 +88,8 @@ COMPONENTS: dict[str, Component] = {
         Component(
             qwen2_5_vl.CLASS, Qwen2_5VL, qwen2_5_vl.config, qwen2_5_vl.upstream_config, qwen2_5_vl.rules, "transformers"
         ),
+        _llama(llama.CLASS),
+        _llama(llama.CAUSAL),
         Component(llava.CLASS, Llava, llava.config, llava.upstream_config, llava.rules, "transformers"),
         Component("WanTransformer3DModel", Wan, wan.config, wan.upstream_config, wan.rules),
         Component(
@@ -110,7 +119,7 @@ COMPONENTS: dict[str, Component] = {
 FAMILIES: dict[str, Family] = {
     "sd3": sd3_family.FAMILY, "wan": wan_family.FAMILY, "wan-animate": animate_family.FAMILY,
     "cogvideox": cogvideox_family.FAMILY, "qwen-image": qwen_family.FAMILY, "qwen-image-edit": qwen_family.EDIT,
-    "qwen-image-edit-plus": qwen_family.EDIT_PLUS,
+    "qwen-image-edit-plus": qwen_family.EDIT_PLUS, "hunyuan-video": hunyuan_family.FAMILY,
 }  # fmt: skip
 """Our name of a family -> what its checkpoints hold."""
 

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 
+from convert import llama
 from convert.qwen2_5_vl import LANGUAGE, VISION
 from convert.table import need
 from jdit.nn.text.clip import LEGACY_EOS, CLIPTextConfig
@@ -147,3 +148,21 @@ def qwen2_5_vl_config(shapes: Shapes) -> Qwen2_5VLConfig:
         frames=frames, merge=math.isqrt(merged // inner), out=need(shapes, f"{prefix}merger.mlp.2.weight", what)[0],
     )  # fmt: skip
     return Qwen2_5VLConfig(language, tower)
+
+
+def llama_config(shapes: Shapes) -> DecoderConfig:
+    """Llama 3 by the keys of a file of its own, in either of transformers' namings.
+
+    Raises:
+        ConversionError: a tensor that the architecture is read from is missing.
+    """
+    what, head_dim = "Llama encoder", 128
+    prefix = next((p for p in llama.PREFIXES if f"{p}embed_tokens.weight" in shapes), llama.PREFIXES[0])
+    vocab, width = need(shapes, f"{prefix}embed_tokens.weight", what)
+    rows = lambda name: need(shapes, f"{prefix}layers.0.{name}_proj.weight", what)[0]
+    inner = rows("self_attn.q")
+    return DecoderConfig(
+        vocab_size=vocab, width=width, mlp=rows("mlp.gate"), layers=_layers(shapes, f"{prefix}layers.{{i}}"),
+        heads=inner // head_dim, kv_heads=rows("self_attn.k") // head_dim,
+        head_dim=None if inner == width else head_dim, eps=1e-5, qkv_bias=False, theta=5e5, sections=None,
+    )  # fmt: skip

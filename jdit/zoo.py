@@ -11,6 +11,7 @@ from jdit.nn.hunyuan_video import HunyuanVideo, HunyuanVideoConfig
 from jdit.nn.mmdit import MMDiT, MMDiTConfig
 from jdit.nn.qwen_image import QwenImage, QwenImageConfig
 from jdit.nn.text.clip import CLIPText, CLIPTextConfig
+from jdit.nn.text.decoder import LLAMA_3, Decoder, DecoderConfig
 from jdit.nn.text.llava import Llava, LlavaConfig
 from jdit.nn.text.qwen2_5_vl import Qwen2_5VL, Qwen2_5VLConfig
 from jdit.nn.text.t5 import T5, T5Config
@@ -47,6 +48,7 @@ MODULES: dict[type, type[nnx.Module]] = {
     AutoencoderKLWanConfig: AutoencoderKLWan,
     CLIPTextConfig: CLIPText,
     T5Config: T5,
+    DecoderConfig: Decoder,
     Qwen2_5VLConfig: Qwen2_5VL,
     LlavaConfig: Llava,
     CLIPVisionConfig: CLIPVision,
@@ -83,6 +85,7 @@ PLANS = {
     "qwen-image": Plan(steps=50, guidance=4.0, max_text_tokens=512),
     "qwen-image-edit": Plan(steps=50, guidance=4.0),  # the picture has the size
     "qwen-image-edit-plus": Plan(steps=40, guidance=4.0),
+    "hunyuan-video": Plan(steps=50, guidance=6.0, height=720, width=1280, num_frames=129, fps=24.0),
 }  # fmt: skip
 """How a family's unknown variants are run; others as Plan() has it."""
 
@@ -228,6 +231,24 @@ _QWEN_VARIANTS = {
     ),
 }  # fmt: skip
 
+
+def _hunyuan(source: str, about: str, **plan: Any) -> Variant:
+    components = {
+        "transformer": HunyuanVideoConfig(), "vae": AutoencoderKLHunyuanVideoConfig(), "text_encoder": LLAMA_3,
+        "text_encoder_2": dataclasses.replace(_CLIP_L, projection=None),
+    }  # fmt: skip
+    own = dataclasses.replace(PLANS["hunyuan-video"], **plan)
+    return Variant("hunyuan-video", components, {**_FLOW, "shift": own.shift or 7.0}, own, source, about)
+
+
+_HUNYUAN_VARIANTS = {  # steps, shift and guidance of the original releases (hyvideo/config.py, FastVideo's scripts)
+    "hunyuan-video": _hunyuan("hunyuanvideo-community/HunyuanVideo", "HunyuanVideo text to video, 13B"),
+    "fasthunyuan": _hunyuan(
+        "FastVideo/FastHunyuan-diffusers", "HunyuanVideo text to video, distilled to 6 steps, 13B", steps=6, shift=17.0,
+        num_frames=125,
+    ),
+}  # fmt: skip
+
 VARIANTS: dict[str, Variant] = {
     "sd3-medium": Variant(
         "sd3", _sd3(_SD3), _FLOW, Plan(steps=28, guidance=7.0), "stabilityai/stable-diffusion-3-medium-diffusers",
@@ -249,6 +270,7 @@ VARIANTS: dict[str, Variant] = {
     **_WAN_ANIMATE,
     **_COGVIDEOX_VARIANTS,
     **_QWEN_VARIANTS,
+    **_HUNYUAN_VARIANTS,
 }  # fmt: skip
 
 BUNDLED: dict[str, Plan] = {
@@ -260,7 +282,7 @@ BUNDLED: dict[str, Plan] = {
 DEFAULT = "fluent-image"
 
 
-MARKS = ("turbo", "720p", "2512")  # tell variants of one architecture apart
+MARKS = ("turbo", "720p", "2512", "fasthunyuan")  # tell variants of one architecture apart
 
 
 def recognise(configs: dict[str, Any], name: str = "", family: str | None = None) -> str | None:

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from tokenizers.pre_tokenizers import ByteLevel
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
@@ -54,4 +55,43 @@ def t5_folder(folder: Path, limit=12) -> Path:
     (folder / "tokenizer_config.json").write_text(
         json.dumps({"model_max_length": limit, "tokenizer_class": "T5Tokenizer"})
     )
+    return folder
+
+
+LLAMA_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+LLAMA_SPECIAL = [
+    "<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<pad>",
+]  # fmt: skip
+
+
+def llama3_folder(folder: Path, text: str, *, begin: bool = True, pad: bool = True) -> Path:
+    """A small tokenizer of Llama 3's kind, tokenizer.json: it splits as that does and has the words of `text` whole.
+
+    Args:
+        begin: it puts <|begin_of_text|> before a text by itself.
+    """
+    backend = Tokenizer(models.BPE())
+    words = pre_tokenizers.Split(Regex(LLAMA_WORDS), behavior="isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([words, ByteLevel(add_prefix_space=False, use_regex=False)])
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000, min_frequency=1, initial_alphabet=sorted(ByteLevel.alphabet()), show_progress=False
+    )
+    backend.train_from_iterator([text], trainer)
+    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in LLAMA_SPECIAL])
+    first = LLAMA_SPECIAL[0]
+    if begin:
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{first} $A", pair=f"{first} $A {first} $B", special_tokens=[(first, backend.token_to_id(first))]
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    backend.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": first, "eos_token": LLAMA_SPECIAL[1],
+        "padding_side": "right", **({"pad_token": LLAMA_SPECIAL[-1]} if pad else {}),
+    }  # fmt: skip
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder

@@ -93,6 +93,11 @@ class Modulation(NamedTuple):
     single: Float[Array, "*S single_layers B M 3 D"]
     final: Float[Array, "*S B 2 D"]
 
+    def rows(self, at: Int[np.ndarray, "R"]) -> "Modulation":
+        """That of these rows of the batch, in this order."""
+        blocks = (m[..., at, :, :, :] for m in self[:3])
+        return Modulation(*blocks, self.final[..., at, :, :])
+
 
 class RefinerBlock(nnx.Module):
     """Attention and MLP among text tokens, gated by time and the text's mean."""
@@ -215,7 +220,7 @@ class HunyuanVideo(nnx.Module):
         Args:
             t: timesteps in [0, 1000]: a scalar, (B,), or (S, 1) for a table of S steps.
             pooled: CLIP's text.
-            guidance: the embedded scale, as users give it (6.0), where the config has guidance.
+            guidance: 1000 times the embedded scale (`sampling.embedded_scale`), where the config has guidance.
 
         Returns:
             leaves with the axes of t leading, those of the blocks after the layers'.
@@ -230,7 +235,7 @@ class HunyuanVideo(nnx.Module):
         t, text = jnp.asarray(t, jnp.float32), self.pooled(pooled.astype(self.cfg.dtype)).astype(jnp.float32)
         emb = embed(self.time, t.reshape(-1) if t.ndim < 2 else t) + text
         if self.guidance is not None:
-            emb += embed(self.guidance, jnp.asarray(guidance, jnp.float32).reshape(-1) * 1000)
+            emb += embed(self.guidance, jnp.asarray(guidance, jnp.float32).reshape(-1))
         rows = [emb]
         if self.cfg.condition == "token_replace":  # upstream leaves guidance out of it
             rows = [jnp.broadcast_to(embed(self.time, jnp.zeros(1)) + text, emb.shape), emb]

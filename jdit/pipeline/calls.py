@@ -55,7 +55,10 @@ WHOLE = (
     "height", "width", "num_frames", "steps", "num_outputs", "max_text_tokens", "segment_frames", "overlap_frames",
     "num_segments",
 )  # fmt: skip
-FINITE = ("guidance", "guidance_2", "shift", "strength", "skip_layer_scale", "skip_layer_start", "skip_layer_stop")
+FINITE = (
+    "guidance", "guidance_2", "true_guidance", "shift", "strength", "skip_layer_scale", "skip_layer_start",
+    "skip_layer_stop",
+)  # fmt: skip
 
 
 def number_problems(given: Mapping[str, Any]) -> list[str]:

@@ -55,9 +55,9 @@ def _abstract(module: type[Any], cfg: Any) -> Any:
 
 
 @functools.cache
-def table_bytes(module: type[Any], cfg: Any, *inputs: jax.ShapeDtypeStruct) -> int:
-    """Size of `module.modulation_table(*inputs)`."""
-    return sharding.tree_bytes(jax.eval_shape(module.modulation_table, _abstract(module, cfg), *inputs))
+def table_bytes(module: type[Any], cfg: Any, *inputs: Any, make: Callable | None = None) -> int:
+    """Size of `make(module, *inputs)`, or of `module.modulation_table(*inputs)`; inputs are made of `spec`."""
+    return sharding.tree_bytes(jax.eval_shape(make or module.modulation_table, _abstract(module, cfg), *inputs))
 
 
 @functools.cache
@@ -66,8 +66,8 @@ def weight_bytes(module: type[Any], cfg: Any, part: str) -> int:
     return sharding.tree_bytes(parts.take(_abstract(module, cfg), part))
 
 
-def tabled(module: type[Any], cfg: Any, times: jax.ShapeDtypeStruct, *prompts: jax.ShapeDtypeStruct) -> bool:
+def tabled(module: type[Any], cfg: Any, times: Any, *prompts: Any, make: Callable | None = None) -> bool:
     """Whether the table of these inputs is to be made: always of times alone; with prompts if it is small, or no larger
     than the weights it is made from."""
     most = max(LARGE, weight_bytes(module, cfg, parts.MODULATION))
-    return not prompts or table_bytes(module, cfg, times, *prompts) <= most
+    return not prompts or table_bytes(module, cfg, times, *prompts, make=make) <= most

@@ -149,7 +149,7 @@ def test_bfloat16_is_as_close_as_torch(tmp_path):
             tmp_path, seed=seed, image_condition_type="token_replace", num_attention_heads=6
         )
         inputs = Inputs(model.config)
-        inputs.t, inputs.guidance = torch.tensor([876.0, 125.0]), torch.tensor([4.096, 1.024])
+        inputs.t, inputs.guidance = torch.tensor([876.0, 125.0]), torch.tensor([4096.0, 1024.0])
         exact = inputs.theirs(model)
         got = inputs.ours(call, util_hunyuan_video.ported(tmp_path, "bfloat16"))
         half = HunyuanVideoTransformer3DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)

@@ -49,7 +49,7 @@ def test_releases_at_full_size(release):
     assert sharding.count(component.make(cfg)) == sum(p.numel() for p in model.parameters())
     batch = lambda *shape: jax.ShapeDtypeStruct((2, *shape), np.float32)
     x, inputs = batch(33, 90, 160, cfg.in_channels), (batch(), batch(256, 4096), batch(768))
-    guidance = 6.0 if cfg.guidance else None
+    guidance = 6e3 if cfg.guidance else None
     out = jax.eval_shape(lambda *a: component.make(cfg)()(*a, guidance, text_lengths=np.array([256, 9])), x, *inputs)
     assert out.shape == (*x.shape[:-1], 16)
 

@@ -44,7 +44,7 @@ class Inputs:
         self.text = noise(2, batch, max(LENGTHS), config.text_embed_dim)
         self.pooled = noise(3, batch, config.pooled_projection_dim)
         self.t = torch.tensor([913.3, 20.5])
-        self.guidance = torch.tensor([6.0, 3.3]) if config.guidance_embeds else None
+        self.guidance = torch.tensor([6000.0, 3300.0]) if config.guidance_embeds else None
 
     @property
     def mask(self) -> torch.Tensor:
@@ -56,7 +56,7 @@ class Inputs:
         with torch.no_grad():
             out = model(
                 cast(self.x), self.t, cast(self.text), self.mask, cast(self.pooled),
-                guidance=None if self.guidance is None else self.guidance * 1000,
+                guidance=self.guidance,
             ).sample  # fmt: skip
         return out.float().movedim(1, -1).numpy()
 
