@@ -14,8 +14,8 @@ from convert import (
     clip_vision,
     cogvideox,
     hunyuan_video,
-    llava,
     llama,
+    llava,
     qwen2_5_vl,
     qwen_image,
     sd3,
@@ -120,6 +120,7 @@ FAMILIES: dict[str, Family] = {
     "sd3": sd3_family.FAMILY, "wan": wan_family.FAMILY, "wan-animate": animate_family.FAMILY,
     "cogvideox": cogvideox_family.FAMILY, "qwen-image": qwen_family.FAMILY, "qwen-image-edit": qwen_family.EDIT,
     "qwen-image-edit-plus": qwen_family.EDIT_PLUS, "hunyuan-video": hunyuan_family.FAMILY,
+    "hunyuan-video-i2v": hunyuan_family.FROM_PICTURE,
 }  # fmt: skip
 """Our name of a family -> what its checkpoints hold."""
 

@@ -3,7 +3,7 @@
 import dataclasses
 
 from convert import autoencoder_kl_hunyuan_video as vae
-from convert import clip, hunyuan_video, llama, single
+from convert import clip, hunyuan_video, llama, llava, single
 from convert.family import Family, Original
 from convert.layout import Signature
 from jdit import zoo
@@ -62,3 +62,8 @@ FAMILY = Family(
         "text_encoder_2": ("clip_l.safetensors",),
     },
 )  # fmt: skip
+FROM_PICTURE = dataclasses.replace(
+    FAMILY,
+    pipelines=("HunyuanVideoImageToVideoPipeline",),
+    components={**FAMILY.components, "text_encoder": llava.CLASS},
+)

@@ -28,7 +28,7 @@ def encoder(tmp_path_factory):
     return util.encoder(tmp_path_factory.mktemp("encoder"))
 
 
-encode = jax.jit(ours.encode_pictured, static_argnames="skip")
+encode = jax.jit(ours.encode)
 
 
 def test_template_is_upstreams():
@@ -44,12 +44,12 @@ def test_states_and_masks_are_upstreams(encoder, every):
     pipe, llava, tokenizer = encoder
     pictures = util.pictures(2)
     want, mask = pipe._get_llama_prompt_embeds(
-        pictures, TEXTS, util.template(pipe.tokenizer), device="cpu", max_sequence_length=MAX,
+        pictures, TEXTS, util.TEMPLATE, device="cpu", max_sequence_length=MAX,
         image_embed_interleave=every,
     )  # fmt: skip
     pixels = ImageProcessor.from_config(pipe.image_processor.to_dict())(pictures)
-    ids = ours.pictured_ids(tokenizer, TEXTS, [every] * 2, llava.cfg.tokens, MAX)
-    got = encode(llava, ids.tokens, ids.seen, pixels, np.arange(2), skip=2)
+    ids = ours.prompt_ids(tokenizer, TEXTS, [every] * 2, llava.cfg.tokens, MAX)
+    got = encode(llava, ids.tokens, ids.seen, pixels, np.arange(2))
     assert got.shape == want.shape and ids.lengths.tolist() == mask.sum(1).tolist()
     assert len(set(ids.lengths)) == 2
     for a, b, n in zip(got, want, ids.lengths):
@@ -62,11 +62,11 @@ def test_one_picture_for_all_and_unequal_shares(encoder):
     black = util.black()
     pictures = [black, *util.pictures(1)]
     pixels = ImageProcessor.from_config(pipe.image_processor.to_dict())(pictures)
-    ids = ours.pictured_ids(tokenizer, ["", *TEXTS], [2, 4, 4], llava.cfg.tokens, MAX)
-    got = encode(llava, ids.tokens, ids.seen, pixels, np.array([0, 1, 1]), skip=2)
+    ids = ours.prompt_ids(tokenizer, ["", *TEXTS], [2, 4, 4], llava.cfg.tokens, MAX)
+    got = encode(llava, ids.tokens, ids.seen, pixels, np.array([0, 1, 1]))
     for row, (picture, text, every) in enumerate(zip([pictures[i] for i in (0, 1, 1)], ["", *TEXTS], (2, 4, 4))):
         want, mask = pipe._get_llama_prompt_embeds(
-            picture, text, util.template(pipe.tokenizer), device="cpu", max_sequence_length=MAX,
+            picture, text, util.TEMPLATE, device="cpu", max_sequence_length=MAX,
             image_embed_interleave=every,
         )  # fmt: skip
         n = int(mask.sum())
@@ -76,28 +76,26 @@ def test_one_picture_for_all_and_unequal_shares(encoder):
 def test_long_text_is_cut_and_the_template_is_not(encoder, caplog):
     """As upstream sees a text that just fits."""
     pipe, llava, tokenizer = encoder
-    tail = len(tokenizer.backend.encode(ours.TEMPLATE.tail, add_special_tokens=False).ids)
-    text = "word " * 50
+    encoded = lambda text: tokenizer.backend.encode(text, add_special_tokens=False)
+    tail, text = len(encoded(ours.TEMPLATE.tail).ids), "word " * 50
+    assert tail == ours.CUT + 1
     with caplog.at_level(logging.WARNING, "jdit"):
-        long = ours.pictured_ids(tokenizer, [text + "end"], [2], llava.cfg.tokens, MAX)
+        long = ours.prompt_ids(tokenizer, [text + "end"], [2], llava.cfg.tokens, MAX)
     assert f"{MAX - tail} fit" in caplog.text and "end" in caplog.text
-    fits = text[: MAX - tail]
-    assert len(tokenizer.backend.encode(fits, add_special_tokens=False).ids) == MAX - tail
-    short = ours.pictured_ids(tokenizer, [fits], [2], llava.cfg.tokens, MAX)
+    fits = text[: encoded(text).offsets[MAX - tail - 1][1]]
+    short = ours.prompt_ids(tokenizer, [fits], [2], llava.cfg.tokens, MAX)
     for a, b in zip(long, short):
         assert np.array_equal(a, b)
     picture = util.pictures(1)
-    want, mask = pipe._get_llama_prompt_embeds(
-        picture, fits, util.template(pipe.tokenizer), device="cpu", max_sequence_length=MAX
-    )
+    want, mask = pipe._get_llama_prompt_embeds(picture, fits, util.TEMPLATE, device="cpu", max_sequence_length=MAX)
     assert mask.all() and short.lengths[0] == mask.shape[1] == short.seen.shape[1]
     pixels = ImageProcessor.from_config(pipe.image_processor.to_dict())(picture)
-    assert error(encode(llava, short.tokens, short.seen, pixels, np.zeros(1, int), skip=2), want) < 1e-5
+    assert error(encode(llava, short.tokens, short.seen, pixels, np.zeros(1, int)), want) < 1e-5
 
 
 def test_refusals(encoder):
     _, llava, tokenizer = encoder
     with pytest.raises(ValueError, match="a prompt has 10 picture tokens, its picture makes 9: 'an <image> here'"):
-        ours.pictured_ids(tokenizer, ["an <image> here"], [2], llava.cfg.tokens, MAX)
+        ours.prompt_ids(tokenizer, ["an <image> here"], [2], llava.cfg.tokens, MAX)
     with pytest.raises(ValueError, match="leaves no room for text"):
-        ours.pictured_ids(tokenizer, ["a"], [2], llava.cfg.tokens, 5)
+        ours.prompt_ids(tokenizer, ["a"], [2], llava.cfg.tokens, 5)

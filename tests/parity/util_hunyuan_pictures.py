@@ -5,72 +5,69 @@ from typing import Any
 
 import numpy as np
 import torch
+import util_hunyuan_video
 import util_llava
-from diffusers import HunyuanVideoImageToVideoPipeline
-from diffusers.pipelines.hunyuan_video import pipeline_hunyuan_video_image2video as theirs
+from diffusers import FlowMatchEulerDiscreteScheduler, HunyuanVideoImageToVideoPipeline
+from diffusers.pipelines.hunyuan_video import pipeline_hunyuan_video_image2video as upstream
 from PIL import Image
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from util_hunyuan_pipeline import SIZE, clip_text, vae
+from util_sd3 import WORDS
+from util_tokenizers import LLAMA_SPECIAL, llama3_folder
 
 from convert import tokenizers as convert
 from jdit.nn.text.llava import Llava
-from jdit.nn.text.tokenizer import Tokenizer as Ours
+from jdit.nn.text.tokenizer import Tokenizer
 
-WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+"
-SPECIAL = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<image>", "<pad>"]
-
-
-def llama_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """Bytes, the words of the template's headers, and special tokens, split as Llama 3 splits, saved to `folder`."""
-    merges = [(a, b) for word in ("system", "user", "assistant", "ĊĊ") for a, b in zip(_heads(word), word[1:])]
-    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *(a + b for a, b in merges)]
-    backend = Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, merges))
-    split = pre_tokenizers.Split(Regex(WORDS), "isolated")
-    backend.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL])
-    begin = (SPECIAL[0], backend.token_to_id(SPECIAL[0]))
-    backend.post_processor = processors.TemplateProcessing(f"{SPECIAL[0]} $A", special_tokens=[begin])
-    out = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=SPECIAL[0], pad_token=SPECIAL[-1])
-    out.save_pretrained(folder)
-    return out
+DEFAULT = upstream.DEFAULT_PROMPT_TEMPLATE
+_END = DEFAULT["image_emb_start"] + util_llava.TOKENS
+TEMPLATE = DEFAULT | {"image_emb_len": util_llava.TOKENS, "image_emb_end": _END}
+"""Upstream's, of an encoder with fewer tokens a picture."""
+KINDS: dict[str, dict[str, Any]] = {
+    "latent_concat": dict(image_condition_type="latent_concat", in_channels=9, guidance_embeds=False),
+    "token_replace": dict(image_condition_type="token_replace"),
+}
 
 
-def _heads(word: str) -> list[str]:
-    return [word[:i] for i in range(1, len(word))]
+def tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """The words of the template and some more are whole tokens, so that places in the template are upstream's."""
+    text = DEFAULT["template"]
+    for special in (*LLAMA_SPECIAL, "<image>"):
+        text = text.replace(special, "\n")
+    text = text.replace("{}", " ".join(WORDS))
+    return PreTrainedTokenizerFast.from_pretrained(llama3_folder(folder, text, more=["<image>"]))
 
 
-def template(tokenizer) -> dict[str, Any]:
-    """Upstream's, with the places that it has for this tokenizer and encoder."""
-    text = theirs.DEFAULT_PROMPT_TEMPLATE["template"]
-    ids = tokenizer(text.split("{}")[0]).input_ids
-    at, size = ids.index(tokenizer.convert_tokens_to_ids("<image>")), util_llava.TOKENS
-    more = dict(crop_start=len(ids), image_emb_start=at, image_emb_end=at + size, image_emb_len=size)
-    return {"template": text, **more}
-
-
-def text_encoder(tokenizer, seed: int = 3):
+def encoders(folder: Path) -> dict[str, Any]:
+    """LLaVA with its tokenizer and its pictures' processor, by upstream's names."""
+    tokens = tokenizer(folder / "t1")
     named = {"image_token_index": "<image>", "pad_token_id": "<pad>"}
-    ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in named.items()}
-    return util_llava.upstream(seed, util_llava.TEXT | {"vocab_size": len(tokenizer)}, **ids)
-
-
-def image_processor() -> CLIPImageProcessorPil:
+    ids = {name: tokens.convert_tokens_to_ids(token) for name, token in named.items()}
+    model = util_llava.upstream(3, util_llava.TEXT | {"vocab_size": len(tokens)}, **ids)
     side = util_llava.SIDE
-    return CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    return dict(tokenizer=tokens, text_encoder=model, image_processor=processor)
 
 
-def encoder(folder: Path) -> tuple[HunyuanVideoImageToVideoPipeline, Llava, Ours]:
+def encoder(folder: Path) -> tuple[HunyuanVideoImageToVideoPipeline, Llava, Tokenizer]:
     """Upstream's pipeline with nothing but what encodes prompts, and ours."""
-    tokenizer = llama_tokenizer(folder)
-    model = text_encoder(tokenizer)
-    model.save_pretrained(folder)
-    names = ("text_encoder", "tokenizer", "transformer", "vae", "scheduler", "text_encoder_2", "tokenizer_2")
-    parts: dict[str, Any] = dict.fromkeys(names) | {"text_encoder": model, "tokenizer": tokenizer}
-    pipe = HunyuanVideoImageToVideoPipeline(**parts, image_processor=image_processor())
-    with torch.no_grad():
-        return pipe, util_llava.ported(folder), convert.load(folder)
+    parts = encoders(folder)
+    parts["text_encoder"].save_pretrained(folder)
+    none = dict.fromkeys(("transformer", "vae", "scheduler", "text_encoder_2", "tokenizer_2"))
+    pipe = HunyuanVideoImageToVideoPipeline(**parts, **none)  # type: ignore[arg-type]
+    return pipe, util_llava.ported(folder), convert.load(folder / "t1")
+
+
+def pipeline(folder: Path, kind: str) -> HunyuanVideoImageToVideoPipeline:
+    """A whole tiny pipeline, saved to `folder / "model"`."""
+    pipe = HunyuanVideoImageToVideoPipeline(
+        **encoders(folder), **clip_text(folder), vae=vae(), transformer=util_hunyuan_video.transformer(**KINDS[kind]),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    pipe.save_pretrained(folder / "model")
+    return pipe
 
 
 def pictures(count: int, size: tuple[int, int] = (29, 41), seed: int = 0) -> list[Image.Image]:
@@ -80,3 +77,15 @@ def pictures(count: int, size: tuple[int, int] = (29, 41), seed: int = 0) -> lis
 
 def black(size: tuple[int, int] = (29, 41)) -> Image.Image:
     return Image.new("RGB", size[::-1])
+
+
+def negatives(pipe: HunyuanVideoImageToVideoPipeline, texts: list[str], most: int) -> dict[str, torch.Tensor]:
+    """Negative prompts as upstream encodes one, which of several it cannot: it shows them one black picture in all."""
+    size = SIZE["height"], SIZE["width"]
+    with torch.no_grad():
+        each = [pipe.encode_prompt(black(size), t, prompt_template=TEMPLATE, max_sequence_length=most) for t in texts]
+    states, pooled, mask = (torch.cat(parts) for parts in zip(*each))
+    return {
+        "negative_prompt_embeds": states, "negative_pooled_prompt_embeds": pooled,
+        "negative_prompt_attention_mask": mask,
+    }  # fmt: skip

@@ -59,6 +59,11 @@ class LlavaConfig:
             )
 
     @property
+    def width(self) -> int:
+        """Width D of the states."""
+        return self.language.width
+
+    @property
     def tokens(self) -> int:
         """Tokens M of a picture."""
         return self.vision.tokens - (not self.class_token)
