@@ -70,6 +70,9 @@ def _mesh(text: str | None):
 @click.option("--guidance", type=float, help="Classifier-free scale, 1 is off.  [default: the model's]")
 @click.option("--guidance-2", "guidance_2", type=float,
               help="That of the second transformer (the last, less noisy steps).  [default: the model's]")  # fmt: skip
+@click.option("--true-guidance", type=float,
+              help="Classifier-free scale beside the guidance that a distilled model is told (HunyuanVideo).  "
+                   "[default: 1, off]")  # fmt: skip
 @click.option("--shift", type=float, help="Flow shift.  [default: the checkpoint's]")
 @click.option("--solver", type=click.Choice(["euler", "unipc", "dpmpp", "ddim", "dpm"]),
               help="[default: the checkpoint's]")  # fmt: skip
@@ -97,7 +100,8 @@ def _mesh(text: str | None):
 @click.option("--dynamic-guidance", is_flag=True, help="Guidance that changes from step to step (CogVideoX).")
 @click.option("--skip-layers", help="Skip-layer guidance: layers, as 7,8,9 for SD3.5 medium.")
 @click.option("--max-text-tokens", type=int, help="T5 tokens, padding included.")
-@click.option("--vae-tiling", is_flag=True, help="Encode and decode by tiles: less memory.")
+@click.option("--vae-tiling/--no-vae-tiling", default=None,
+              help="Encode and decode by tiles: less memory.  [default: the family's]")  # fmt: skip
 @click.option("--vae-slicing", is_flag=True, help="Decode a picture at a time: less memory.")
 @click.option("--two-passes", is_flag=True, help="Guidance as two runs of the transformer: less memory.")
 @click.option("--grid", is_flag=True, help="One contact sheet of the pictures of all prompts.")
@@ -156,7 +160,8 @@ def _arguments(
     """What the options say, as arguments of the pipeline; pictures are read."""
     from jdit import media
 
-    arguments = {k: v for k, v in options.items() if v is not None and v is not False}  # 0 is a value
+    # 0 is a value, and so is the False of a flag that has a default of its own
+    arguments = {k: v for k, v in options.items() if v is not None and (v is not False or k == "vae_tiling")}
     if size and (twice := [f"--{n}" for n in ("height", "width") if n in arguments]):
         raise click.BadParameter(f"gives both sides; leave {' and '.join(twice)} out", param_hint="--size")
     if size:

@@ -76,7 +76,7 @@ def denoise(
     each = np.arange(prompts).repeat(x.shape[0] * (1 if scale is None else 2) // prompts)  # each output's prompt
 
     def predict(x, t, row, *, at: np.ndarray):
-        mods, tokens = of_step(t, row)
+        mods, tokens = of_step(t, row[0])
         own = None if lengths is None else lengths[at]
         return transformer.velocity(picture.apply(x), mods.rows(at), tokens[at], text_lengths=own)
 
@@ -87,7 +87,7 @@ def denoise(
     elif scale is not None:
         model = guide.classifier_free(model, scale)
     told = calls.report_step if report else None
-    return picture.keep_first(sampling.solve(model, x, table, key=keys, per_step=tables, on_step=told))
+    return picture.keep_first(sampling.solve(model, x, table, key=keys, per_step=(tables,), on_step=told))
 
 
 def decode(vae: AutoencoderKLHunyuanVideo, latents: Latents, kind: str, tiling: bool, slicing: bool, report: bool):

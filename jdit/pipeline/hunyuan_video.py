@@ -108,8 +108,10 @@ class HunyuanVideoGeneration(base.Pipeline):
         Raises:
             ValueError: naming the nearest numbers that work.
         """
-        frames = or_(num_frames, self.plan.num_frames or 129)
-        calls.check_frames(frames, self._vae.time_factor, self._cfg.patch_frames, MOST)
+        vae, patch = self._vae, self._cfg.patch_frames
+        latent = vae.latent_frames(self.plan.num_frames or 129)
+        frames = or_(num_frames, vae.frames(max(latent - latent % patch, patch)))  # the usual number, in whole patches
+        calls.check_frames(frames, vae.time_factor, patch, MOST)
         return frames
 
     def problems(self, given: Mapping[str, Any]) -> list[str]:
