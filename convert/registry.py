@@ -128,9 +128,10 @@ IGNORED_PREFIXES = tuple(prefix for family in FAMILIES.values() for prefix in fa
 
 
 def signatures(family: str | None = None) -> list[Signature]:
-    """How components are told by their keys, of one family or of all; those with a prefix first."""
+    """How components are told by their keys, of one family or of all; those with a prefix first, and of them those that
+    are told by more than keys."""
     known = [s for n, f in FAMILIES.items() if family in (None, n) for s in f.signatures]
-    return sorted(known, key=lambda s: not s.prefix)
+    return sorted(known, key=lambda s: (not s.prefix, s.told is None))
 
 
 def of_config(cfg: Any) -> Component:

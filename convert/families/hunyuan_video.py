@@ -1,17 +1,25 @@
 """HunyuanVideo: diffusers folders, the original releases, and single files repackaged from them."""
 
 import dataclasses
+import functools
+import re
+from collections.abc import Callable
 
 from convert import autoencoder_kl_hunyuan_video as vae
 from convert import clip, hunyuan_video, llama, llava, single
 from convert.family import Family, Original
 from convert.layout import Signature
+from convert.readers import Reader
 from jdit import zoo
 from jdit.nn.text.clip import CLIPTextConfig
 
 _DIT = ("img_in.proj.weight", "double_blocks.{i}.img_attn_qkv.weight", "single_blocks.{i}.linear1.weight")
 _VAE = ("encoder.conv_in.conv.weight", "decoder.up_blocks.{i}.resnets.{j}.conv1.conv.weight", "quant_conv.weight")
 _CLIP = ("text_model.encoder.layers.{i}.self_attn.q_proj.weight",)
+_LLAVA = (
+    "language_model.model.embed_tokens.weight", "vision_tower.vision_model.embeddings.class_embedding",
+    "multi_modal_projector.linear_1.weight",
+)  # fmt: skip
 _QWEN = "{p}layers.{i}.self_attn.k_proj.bias"
 """What Qwen's language model has, and Llama has not."""
 _PREFIXES = ("model.diffusion_model.", "model.model.", "")
@@ -23,10 +31,18 @@ def _clip_config(shapes) -> CLIPTextConfig:
     return dataclasses.replace(single.clip_config(shapes, act="quick_gelu"), projection=None)
 
 
-def _signatures(family: str) -> tuple[Signature, ...]:
+def _of_pictures(reader: Reader) -> bool:
+    """Whether a transformer makes videos of pictures: it has channels for one, or its file's name or folder says so,
+    for "token_replace" shows in no tensor."""
+    if hunyuan_video.original_config(reader.keys()).condition is not None:
+        return True
+    return any(re.search("i2v|image.to.video", part.lower()) for file in reader.files for part in file.parts[-3:])
+
+
+def _signatures(family: str, told: Callable[[Reader], bool] | None = None) -> tuple[Signature, ...]:
     decoder = lambda p: (f"{p}embed_tokens.weight", f"{p}layers.{{i}}.self_attn.k_proj.weight", f"{p}norm.weight")
     return (
-        *(Signature(family, "transformer", _DIT, (), prefix) for prefix in _PREFIXES),
+        *(Signature(family, "transformer", _DIT, (), prefix, told) for prefix in _PREFIXES),
         *(Signature(family, "vae", _VAE, (), prefix) for prefix in ("vae.", "first_stage_model.", "")),
         *(
             Signature(family, "text_encoder", decoder(p), (_QWEN.replace("{p}", p),), at)
@@ -62,8 +78,22 @@ FAMILY = Family(
         "text_encoder_2": ("clip_l.safetensors",),
     },
 )  # fmt: skip
+_I2V = "hunyuan-video-i2v"
 FROM_PICTURE = dataclasses.replace(
     FAMILY,
     pipelines=("HunyuanVideoImageToVideoPipeline",),
     components={**FAMILY.components, "text_encoder": llava.CLASS},
+    originals={
+        **FAMILY.originals,
+        "transformer": FAMILY.originals["transformer"]._replace(
+            config=functools.partial(hunyuan_video.original_config, condition="token_replace")
+        ),
+        "text_encoder": Original(llava.CLASS, single.llava_config, llava.rules, "text_encoders.llava.transformer."),
+    },
+    signatures=(
+        *(s for s in _signatures(_I2V, _of_pictures) if s.component != "text_encoder"),
+        *(Signature(_I2V, "text_encoder", _LLAVA, (), at) for at in ("text_encoders.llava.transformer.", "")),
+    ),
+    beside={n: files for n, files in FAMILY.beside.items() if n != "text_encoder"},
+    tokenizers_beside={"tokenizer": ("text_encoder_i2v",), "tokenizer_2": ("text_encoder_2",)},
 )
