@@ -46,8 +46,8 @@ def test_full_size(name):
     assert (height, width, pipe.frames()) == (720, 1280, 129)
     encode, *stages = pipe.usual_stages()
     given = {
-        "tokens": array(1, 934, dtype="int32"), "seen": array(1, count, dtype="int32"), "which": array(1, dtype="int32"),
-        "lengths": array(1, dtype="int32"), "clip_ids": array(1, 77, dtype="int32"), "pixels": array(1, 336, 336, 3),
+        "tokens": array(1, 934, dtype="int32"), "seen": array(1, count, dtype="int32"), "pixels": array(1, 336, 336, 3),
+        "which": array(1, dtype="int32"), "lengths": array(1, dtype="int32"), "clip_ids": array(1, 77, dtype="int32"),
     }  # fmt: skip
     encoded: Text = check_wiring([encode], modules, given)["encoded"]
     assert (encoded.states.shape, encoded.pooled.shape) == ((1, count, 4096), (1, 768))
