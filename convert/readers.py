@@ -208,12 +208,17 @@ def open_folder(folder: str | os.PathLike, variant: str | None = None) -> Reader
 
 
 def open_sets(folder: str | os.PathLike) -> list[Reader]:
-    """Every set of weights in a folder, a reader each.
+    """Every set of weights in a folder, a reader each; float8 copies beside what they were made from are passed over
+    (`x_fp8` and its scales, `x_fp8_map`, beside `x`).
 
     Raises:
         ConversionError: a shard that is missing or does not hold its keys.
     """
-    return [_open_set(Path(folder), paths) for paths in weight_sets(folder).values()]
+    sets = weight_sets(folder)
+    whole = lambda name: name.removesuffix("_map").removesuffix("_fp8")
+    return [
+        _open_set(Path(folder), paths) for name, paths in sets.items() if whole(name) == name or whole(name) not in sets
+    ]
 
 
 def _open_set(folder: Path, paths: list[Path]) -> Reader:

@@ -6,12 +6,14 @@ import re
 from collections.abc import Callable
 
 from convert import autoencoder_kl_hunyuan_video as vae
-from convert import clip, hunyuan_video, llama, llava, single
+from convert import clip, clip_vision, hunyuan_video, llama, llava, single
 from convert.family import Family, Original
 from convert.layout import Signature
 from convert.readers import Reader
+from convert.table import Rule
 from jdit import zoo
 from jdit.nn.text.clip import CLIPTextConfig
+from jdit.nn.vision.clip import CLIPVisionConfig
 
 _DIT = ("img_in.proj.weight", "double_blocks.{i}.img_attn_qkv.weight", "single_blocks.{i}.linear1.weight")
 _VAE = ("encoder.conv_in.conv.weight", "decoder.up_blocks.{i}.resnets.{j}.conv1.conv.weight", "quant_conv.weight")
@@ -29,6 +31,12 @@ _LLAMA, _CLIP_L = "text_encoders.llama.transformer.", "text_encoders.clip_l.tran
 def _clip_config(shapes) -> CLIPTextConfig:
     """CLIP-L, whose projection is not used."""
     return dataclasses.replace(single.clip_config(shapes, act="quick_gelu"), projection=None)
+
+
+def _clip_rules(cfg: CLIPTextConfig) -> list[Rule]:
+    """Of a file of CLIP-L's text tower, or of all of CLIP-L, as the original release has it."""
+    others = [r._replace(target=None, layers=None, alias=False) for r in clip_vision.rules(CLIPVisionConfig())]
+    return [*clip.original_rules(cfg), *(r for r in others if r.source.startswith(("vision_model.", "visual_")))]
 
 
 def _of_pictures(reader: Reader) -> bool:
@@ -68,7 +76,7 @@ FAMILY = Family(
         ),
         "vae": Original(vae.CLASS, vae.original_config, vae.rules, "vae."),
         "text_encoder": Original(llama.CLASS, single.llama_config, llama.rules, _LLAMA),
-        "text_encoder_2": Original(clip.PLAIN, _clip_config, clip.original_rules, _CLIP_L),
+        "text_encoder_2": Original(clip.PLAIN, _clip_config, _clip_rules, _CLIP_L),
     },
     signatures=_signatures("hunyuan-video"),
     ignored=("text_encoders.llama.logit_scale",),
@@ -77,6 +85,7 @@ FAMILY = Family(
         "text_encoder": ("llava_llama3_fp16.safetensors", "llava_llama3_fp8_scaled.safetensors"),
         "text_encoder_2": ("clip_l.safetensors",),
     },
+    tokenizers_beside={"tokenizer": ("text_encoder",), "tokenizer_2": ("text_encoder_2",)},
 )  # fmt: skip
 _I2V = "hunyuan-video-i2v"
 FROM_PICTURE = dataclasses.replace(
@@ -95,5 +104,5 @@ FROM_PICTURE = dataclasses.replace(
         *(Signature(_I2V, "text_encoder", _LLAVA, (), at) for at in ("text_encoders.llava.transformer.", "")),
     ),
     beside={n: files for n, files in FAMILY.beside.items() if n != "text_encoder"},
-    tokenizers_beside={"tokenizer": ("text_encoder_i2v",), "tokenizer_2": ("text_encoder_2",)},
+    tokenizers_beside={**FAMILY.tokenizers_beside, "tokenizer": ("text_encoder_i2v",)},
 )

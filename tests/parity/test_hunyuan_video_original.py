@@ -5,13 +5,14 @@ import numpy as np
 import pytest
 import torch
 import util_hunyuan_video
-from diffusers import HunyuanVideoTransformer3DModel
+from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoTransformer3DModel
 from diffusers.loaders.single_file_utils import convert_hunyuan_video_transformer_to_diffusers
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from convert import hunyuan_video, registry, stream, write
 from convert.readers import open_weights
 from convert.table import ConversionError, back
-from jdit import sharding
+from jdit import sharding, zoo
 from jdit.nn.hunyuan_video import HunyuanVideoConfig
 from jdit.sharding import dotted
 
@@ -47,6 +48,8 @@ def test_releases_at_full_size(release):
     with torch.device("meta"):
         model = HunyuanVideoTransformer3DModel(**published)
     assert sharding.count(component.make(cfg)) == sum(p.numel() for p in model.parameters())
+    if release == "HunyuanVideo":
+        assert all(zoo.VARIANTS[n].components["transformer"] == cfg for n in ("hunyuan-video", "fasthunyuan"))
     batch = lambda *shape: jax.ShapeDtypeStruct((2, *shape), np.float32)
     x, inputs = batch(33, 90, 160, cfg.in_channels), (batch(), batch(256, 4096), batch(768))
     guidance = 6e3 if cfg.guidance else None
@@ -100,3 +103,15 @@ def test_another_file():
         ConversionError, match=r"not a HunyuanVideo transformer: tensor img_in\.proj\.weight is missing"
     ):
         hunyuan_video.original_config(shapes)
+
+
+def test_autoencoder_and_pooled_text_at_full_size():
+    parts = zoo.VARIANTS["hunyuan-video"].components
+    clip = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
+    with torch.device("meta"):
+        models = {"vae": AutoencoderKLHunyuanVideo(), "text_encoder_2": CLIPTextModel(CLIPTextConfig(**clip))}
+    for name, model in models.items():
+        make = registry.of_config(parts[name]).make(parts[name])
+        assert sharding.count(make) == sum(p.numel() for p in model.parameters()), name
+    assert registry.COMPONENTS["AutoencoderKLHunyuanVideo"].config({}) == parts["vae"]
+    assert registry.COMPONENTS["CLIPTextModel"].config(clip | {"eos_token_id": 2}) == parts["text_encoder_2"]

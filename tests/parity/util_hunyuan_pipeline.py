@@ -30,31 +30,36 @@ def llama_tokenizer(folder: Path, **how) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast.from_pretrained(llama3_folder(folder, text, **how))
 
 
-def clip_text(folder: Path) -> dict[str, Any]:
-    """CLIP with its tokenizer, by upstream's names."""
+def clip_text(folder: Path, original: bool = False) -> dict[str, Any]:
+    """CLIP with its tokenizer, by upstream's names; see `encoders`."""
     two = clip_tokenizer(folder / "t2", "<|endoftext|>")
     clip = CLIPTextConfig(
-        vocab_size=len(two), hidden_size=20, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        eos_token_id=two.eos_token_id, bos_token_id=two.bos_token_id, pad_token_id=two.pad_token_id,
+        vocab_size=len(two), hidden_size=20, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=1 if original else 2, eos_token_id=two.eos_token_id, bos_token_id=two.bos_token_id,
+        pad_token_id=two.pad_token_id,
     )  # fmt: skip
     return dict(tokenizer_2=two, text_encoder_2=randomise(CLIPTextModel(clip), 4))
 
 
-def encoders(folder: Path) -> dict[str, Any]:
-    """Both encoders with their tokenizers, by upstream's names."""
+def encoders(folder: Path, original: bool = False) -> dict[str, Any]:
+    """Both encoders with their tokenizers, by upstream's names; `original` as files without config imply them."""
     one = llama_tokenizer(folder / "t1")
-    llama = randomise(LlamaModel(LlamaConfig(vocab_size=len(one), **LLAMA)), 3)
-    return dict(tokenizer=one, text_encoder=llama, **clip_text(folder))
+    heads = dict(head_dim=128, num_attention_heads=1, rope_parameters={"rope_theta": 5e5}) if original else {}
+    llama = randomise(LlamaModel(LlamaConfig(vocab_size=len(one), **(LLAMA | heads))), 3)
+    return dict(tokenizer=one, text_encoder=llama, **clip_text(folder, original))
 
 
-def vae() -> AutoencoderKLHunyuanVideo:
-    return randomised(AutoencoderKLHunyuanVideo(**VAE), seed=5)
+def vae(**kw) -> AutoencoderKLHunyuanVideo:
+    return randomised(AutoencoderKLHunyuanVideo(**(VAE | kw)), seed=5)
 
 
-def pipeline(folder: Path, **transformer) -> HunyuanVideoPipeline:
-    """A whole tiny pipeline, saved to `folder / "model"`."""
+def pipeline(folder: Path, original: bool = False, **transformer) -> HunyuanVideoPipeline:
+    """A whole tiny pipeline, saved to `folder / "model"`; see `encoders`."""
+    groups = dict(block_out_channels=(32,) * 4, norm_num_groups=32) if original else {}
+    heads = dict(attention_head_dim=32, rope_axes_dim=(4, 14, 14)) if original else {}
     pipe = HunyuanVideoPipeline(
-        **encoders(folder), vae=vae(), transformer=util_hunyuan_video.transformer(**transformer),
+        **encoders(folder, original), vae=vae(**groups),
+        transformer=util_hunyuan_video.transformer(**(heads | transformer)),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
     )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
