@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Callable
 
@@ -10,7 +11,7 @@ from convert import clip, clip_vision, hunyuan_video, llama, llava, single
 from convert.family import Family, Original
 from convert.layout import Signature
 from convert.readers import Reader
-from convert.table import Rule
+from convert.table import Rule, need
 from jdit import zoo
 from jdit.nn.text.clip import CLIPTextConfig
 from jdit.nn.vision.clip import CLIPVisionConfig
@@ -42,9 +43,11 @@ def _clip_rules(cfg: CLIPTextConfig) -> list[Rule]:
 def _of_pictures(reader: Reader) -> bool:
     """Whether a transformer makes videos of pictures: it has channels for one, or its file's name or folder says so,
     for "token_replace" shows in no tensor."""
-    if hunyuan_video.original_config(reader.keys()).condition is not None:
-        return True
-    return any(re.search("i2v|image.to.video", part.lower()) for file in reader.files for part in file.parts[-3:])
+    shapes = reader.keys()
+    _, channels, *patch = shapes["img_in.proj.weight"]
+    out = need(shapes, "final_layer.linear.weight", "HunyuanVideo transformer")[0] // math.prod(patch)
+    names = (part.lower() for file in reader.files for part in file.parts[-3:])
+    return hunyuan_video.beside_noise(channels, out) or any(re.search("i2v|image.to.video", n) for n in names)
 
 
 def _signatures(family: str, told: Callable[[Reader], bool] | None = None) -> tuple[Signature, ...]:

@@ -1,7 +1,9 @@
 """HunyuanVideo's picture to video from the command line and from original releases: inspect, convert, generate, what is
 refused."""
 
+import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -11,10 +13,11 @@ from click.testing import CliRunner
 from util_sd3 import error
 
 import jdit
-from convert import hunyuan_video, write
+from convert import registry, stream, write
 from convert.source import open_source
-from jdit import sharding, video
+from jdit import video
 from jdit.cli import main
+from jdit.load import open_model
 from jdit.sharding import dotted, make_mesh
 
 pytestmark = pytest.mark.torch
@@ -108,7 +111,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("kind", REFUSED)
 def test_refused_calls(models, kind):
-    dry = jdit.load.open_model(models[kind]).dry()
+    dry = open_model(models[kind]).dry()
     dry.check(image=PICTURE, height=16, width=32, num_frames=5)
     for message, change in REFUSED[kind].items():
         with pytest.raises(ValueError, match=message):
@@ -134,20 +137,41 @@ def test_parts_that_do_not_fit(models, tmp_path, change, message):
         else:
             (model / part / item.name).symlink_to(item)
     with pytest.raises(ValueError, match=message):
-        jdit.load.open_model(model)
+        open_model(model)
 
 
 @pytest.mark.parametrize("kind", util.KINDS)
-def test_original_release(models, tmp_path, kind):
-    """Its folder says what no tensor does."""
-    pipe = jdit.load(models[kind], dtype="float32")
-    flat = lambda n: {dotted(p): np.asarray(v) for p, v in sharding.leaves(pipe.weights[n]).items()}
-    root = tmp_path / "ckpts"
-    place = root / "hunyuan-video-i2v-720p" / "transformers"
-    place.mkdir(parents=True)
-    cfg = pipe.parts.configs["transformer"]
-    tensors = write.outputs(flat("transformer"), hunyuan_video.original_rules(cfg))
-    state = {t.key: torch.from_numpy(np.array(t.load())) for t in tensors}
-    torch.save({"module": state}, place / "mp_rank_00_model_states.pt")
+def test_original_release(tmp_path, kind):
+    """Its folder says what no tensor does. A file of another name and with the channels of noise makes videos of
+    text."""
+    util.pipeline(tmp_path, kind, original=True)
+    root, source = tmp_path / "ckpts", open_source(tmp_path / "model")
+    family, want = registry.FAMILIES["hunyuan-video-i2v"], {n: (p.cfg, leaves(p)) for n, p in source.parts.items()}
+    names = {"transformer": "hunyuan-video-i2v-720p/transformers/mp_rank_00_model_states",
+             "text_encoder": "text_encoder_i2v/model", "text_encoder_2": "text_encoder_2/model"}  # fmt: skip
+    for name, file in names.items():
+        cfg, own = want[name]
+        tensors = write.outputs(own, family.originals[name].rules(cfg))
+        state = {t.key: torch.from_numpy(np.array(t.load())) for t in tensors}
+        (root / file).parent.mkdir(parents=True)
+        torch.save({"module": state}, root / f"{file}.pt")
+    for name, folder in (("tokenizer", "text_encoder_i2v"), ("tokenizer_2", "text_encoder_2")):
+        shutil.copytree(tmp_path / "model" / name, root / folder, dirs_exist_ok=True)
     source = open_source(root)
-    assert source.family == "hunyuan-video-i2v" and source.parts["transformer"].cfg.condition == kind
+    assert source.family == "hunyuan-video-i2v" and sorted(source.tokenizers) == ["tokenizer", "tokenizer_2"]
+    assert source.parts.keys() == names.keys()
+    for name, part in source.parts.items():
+        cfg, own = want[name]
+        said = {} if name == "transformer" else {"eos_token_id": cfg.eos_token_id} if name == "text_encoder_2" else {
+            "image_token_id": cfg.image_token_id, "pad_token_id": cfg.pad_token_id}  # fmt: skip
+        assert dataclasses.replace(part.cfg, **said) == cfg
+        got = leaves(part)
+        assert got.keys() == own.keys() and all(np.array_equal(got[k], own[k]) for k in got)
+    (root / f"{names['transformer']}.pt").rename(tmp_path / "other.pt")
+    other = open_source(tmp_path / "other.pt")
+    assert other.family == ("hunyuan-video-i2v" if kind == "latent_concat" else "hunyuan-video")
+
+
+def leaves(part) -> dict[str, np.ndarray]:
+    targets = registry.of_config(part.cfg).targets(part.cfg)
+    return {dotted(p): np.asarray(v) for p, v in stream.load_leaves(part.reader, part.rules, targets).items()}

@@ -39,12 +39,17 @@ def tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast.from_pretrained(llama3_folder(folder, text, more=["<image>"]))
 
 
-def encoders(folder: Path) -> dict[str, Any]:
-    """LLaVA with its tokenizer and its pictures' processor, by upstream's names."""
+def encoders(folder: Path, original: bool = False) -> dict[str, Any]:
+    """LLaVA with its tokenizer and its pictures' processor, by upstream's names; `original` as files without config
+    imply it."""
     tokens = tokenizer(folder / "t1")
     named = {"image_token_index": "<image>", "pad_token_id": "<pad>"}
     ids = {name: tokens.convert_tokens_to_ids(token) for name, token in named.items()}
-    model = util_llava.upstream(3, util_llava.TEXT | {"vocab_size": len(tokens)}, **ids)
+    text, vision = util_llava.TEXT | {"vocab_size": len(tokens)}, util_llava.VISION
+    if original:
+        text |= dict(head_dim=128, num_attention_heads=1, num_key_value_heads=1, rms_norm_eps=1e-5, rope_theta=5e5)
+        vision = vision | dict(hidden_size=64, num_attention_heads=1, layer_norm_eps=1e-5)
+    model = util_llava.upstream(3, text, vision, **ids)
     side = util_llava.SIDE
     processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
     return dict(tokenizer=tokens, text_encoder=model, image_processor=processor)
@@ -59,10 +64,12 @@ def encoder(folder: Path) -> tuple[HunyuanVideoImageToVideoPipeline, Llava, Toke
     return pipe, util_llava.ported(folder), convert.load(folder / "t1")
 
 
-def pipeline(folder: Path, kind: str) -> HunyuanVideoImageToVideoPipeline:
-    """A whole tiny pipeline, saved to `folder / "model"`."""
+def pipeline(folder: Path, kind: str, original: bool = False) -> HunyuanVideoImageToVideoPipeline:
+    """A whole tiny pipeline, saved to `folder / "model"`; see `encoders`."""
+    more = dict(attention_head_dim=32, rope_axes_dim=(4, 14, 14)) if original else {}
     pipe = HunyuanVideoImageToVideoPipeline(
-        **encoders(folder), **clip_text(folder), vae=vae(), transformer=util_hunyuan_video.transformer(**KINDS[kind]),
+        **encoders(folder, original), **clip_text(folder, original), vae=vae(),
+        transformer=util_hunyuan_video.transformer(**more, **KINDS[kind]),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
     )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
