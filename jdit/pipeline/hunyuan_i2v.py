@@ -118,7 +118,4 @@ class HunyuanVideoFromPicture(HunyuanVideoGeneration):
 
 def _processor(parts: base.Parts) -> ImageProcessor:
     """What brings a picture to the encoder's form."""
-    if (config := parts.settings.get("image_processor")) is not None:
-        return ImageProcessor.from_config(config)
-    side = parts.configs["text_encoder"].vision.image_size
-    return ImageProcessor((("shortest_edge", side),), crop=(side, side))
+    return ImageProcessor.of(parts.settings, parts.configs["text_encoder"].vision.image_size)
