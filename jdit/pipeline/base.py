@@ -88,12 +88,14 @@ class Pipeline:
             negative_prompt: what to steer away from; used when guidance is above 1.
             image: the picture to start from, or to edit (a list in families that take several).
             height, width: pixels; None is the variant's own size.
-            guidance: the classifier-free scale, 1 is off. shift: the flow shift; None is the checkpoint's.
+            guidance: the classifier-free scale, 1 is off; or the scale that a distilled model is told.
+            shift: the flow shift; None is the checkpoint's.
             solver: a name that `sampling.with_solver` knows, or a scheduler config; None is the checkpoint's.
             seed: of the noise: one number (output i takes seed + i), or one an output.
             latents: the initial noise, float32, channels last, instead of the seed's.
             last_image: the picture to end with. num_frames: of a video; None is the variant's own number.
-            num_outputs: results a prompt. max_text_tokens: the T5 length, padding included.
+            num_outputs: results a prompt. max_text_tokens: the T5 length, padding included; of language models,
+                what follows the template's head.
             output: "uint8", "float" (float32 in [0, 1]) or "latents".
             on_step: called with (step, steps) after each step.
             family: further arguments of this family; `takes` lists them all.
