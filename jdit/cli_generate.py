@@ -67,11 +67,8 @@ def _mesh(text: str | None):
 @click.option("--frames", "num_frames", type=int, help="Frames of a video, as 81.  [default: the model's]")
 @click.option("--fps", type=float, help="Frames a second that the video is played at.  [default: the model's]")
 @click.option("--steps", type=click.IntRange(1), help="Solver steps.  [default: the model's]")
-@click.option(
-    "--guidance",
-    type=float,
-    help="Classifier-free scale, 1 is off; what a distilled model is told.  [default: the model's]",
-)
+@click.option("--guidance", type=float,
+              help="Scale: classifier-free, where 1 is off, or embedded.  [default: the model's]")  # fmt: skip
 @click.option("--guidance-2", "guidance_2", type=float,
               help="That of the second transformer (the last, less noisy steps).  [default: the model's]")  # fmt: skip
 @click.option("--true-guidance", type=float,
@@ -103,9 +100,8 @@ def _mesh(text: str | None):
               help="With --image or --video: how much is repainted, 0 to 1.  [default: the family's]")  # fmt: skip
 @click.option("--dynamic-guidance", is_flag=True, help="Guidance that changes from step to step (CogVideoX).")
 @click.option("--skip-layers", help="Skip-layer guidance: layers, as 7,8,9 for SD3.5 medium.")
-@click.option(
-    "--max-text-tokens", type=int, help="T5 tokens, padding included; of language models, what follows the template."
-)
+@click.option("--max-text-tokens", type=int,
+              help="T5 tokens, padding included; of language models, what follows the template.")  # fmt: skip
 @click.option("--vae-tiling/--no-vae-tiling", default=None,
               help="Encode and decode by tiles: less memory.  [default: the family's]")  # fmt: skip
 @click.option("--vae-slicing", is_flag=True, help="Decode a picture at a time: less memory.")
@@ -167,7 +163,9 @@ def _arguments(
     from jdit import media
 
     # 0 is a value, and so is the False of a flag that has a default of its own
-    arguments = {k: v for k, v in options.items() if v is not None and (v is not False or k == "vae_tiling")}
+    arguments: dict[str, Any] = {
+        k: v for k, v in options.items() if v is not None and (v is not False or k == "vae_tiling")
+    }
     if size and (twice := [f"--{n}" for n in ("height", "width") if n in arguments]):
         raise click.BadParameter(f"gives both sides; leave {' and '.join(twice)} out", param_hint="--size")
     if size:

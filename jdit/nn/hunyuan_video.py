@@ -95,8 +95,8 @@ class Modulation(NamedTuple):
 
     def rows(self, at: Int[np.ndarray, "R"]) -> "Modulation":
         """That of these rows of the batch, in this order."""
-        blocks = (m[..., at, :, :, :] for m in self[:3])
-        return Modulation(*blocks, self.final[..., at, :, :])
+        video, text, single = (m[..., at, :, :, :] for m in (self.video, self.text, self.single))
+        return Modulation(video, text, single, self.final[..., at, :, :])
 
 
 class RefinerBlock(nnx.Module):
