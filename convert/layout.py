@@ -111,7 +111,7 @@ class Signature(NamedTuple):
         has: key templates, each must match some key below the prefix whole ({i} stands for a number).
         lacks: key templates of which none may match.
         prefix: of the component's keys in the file; "" for a file of its own.
-        told: what else tells it, of the file and the keys below the prefix (without it); None is nothing.
+        told: (file, prefix) -> whether it is that, by more than these keys; None is nothing more.
     """
 
     family: str
@@ -119,7 +119,7 @@ class Signature(NamedTuple):
     has: tuple[str, ...]
     lacks: tuple[str, ...] = ()
     prefix: str = ""
-    told: Callable[[Reader], bool] | None = None
+    told: Callable[[Reader, str], bool] | None = None
 
 
 def _any(template: str, keys: Sequence[str]) -> bool:
@@ -132,7 +132,7 @@ def fits(signature: Signature, reader: Reader) -> bool:
     keys = [k[len(signature.prefix) :] for k in reader.tensors if k.startswith(signature.prefix)]
     if not all(_any(t, keys) for t in signature.has) or any(_any(t, keys) for t in signature.lacks):
         return False
-    return signature.told is None or signature.told(reader.sub(signature.prefix))
+    return signature.told is None or signature.told(reader, signature.prefix)
 
 
 def recognise(

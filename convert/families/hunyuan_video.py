@@ -23,6 +23,7 @@ _LLAVA = (
     "language_model.model.embed_tokens.weight", "vision_tower.vision_model.embeddings.class_embedding",
     "multi_modal_projector.linear_1.weight",
 )  # fmt: skip
+_LLAVA_PREFIX = "text_encoders.llava.transformer."
 _QWEN = "{p}layers.{i}.self_attn.k_proj.bias"
 """What Qwen's language model has, and Llama has not."""
 _PREFIXES = ("model.diffusion_model.", "model.model.", "")
@@ -40,17 +41,18 @@ def _clip_rules(cfg: CLIPTextConfig) -> list[Rule]:
     return [*clip.original_rules(cfg), *(r for r in others if r.source.startswith(("vision_model.", "visual_")))]
 
 
-def _of_pictures(reader: Reader) -> bool:
-    """Whether a transformer makes videos of pictures: it has channels for one, or its file's name or folder says so,
-    for "token_replace" shows in no tensor."""
+def _of_pictures(reader: Reader, prefix: str) -> bool:
+    """Whether a transformer makes videos of pictures: it has channels for one; or, for "token_replace" shows in none of
+    its tensors, its file's name or folder says so, or LLaVA is in the file."""
     shapes = reader.keys()
-    _, channels, *patch = shapes["img_in.proj.weight"]
-    out = need(shapes, "final_layer.linear.weight", "HunyuanVideo transformer")[0] // math.prod(patch)
+    _, channels, *patch = shapes[f"{prefix}img_in.proj.weight"]
+    out = need(shapes, f"{prefix}final_layer.linear.weight", "HunyuanVideo transformer")[0] // math.prod(patch)
     names = (part.lower() for file in reader.files for part in file.parts[-3:])
-    return hunyuan_video.beside_noise(channels, out) or any(re.search("i2v|image.to.video", n) for n in names)
+    told = hunyuan_video.beside_noise(channels, out) or any(re.search("i2v|image.to.video", n) for n in names)
+    return told or any(key.startswith(_LLAVA_PREFIX) for key in shapes)
 
 
-def _signatures(family: str, told: Callable[[Reader], bool] | None = None) -> tuple[Signature, ...]:
+def _signatures(family: str, told: Callable[[Reader, str], bool] | None = None) -> tuple[Signature, ...]:
     decoder = lambda p: (f"{p}embed_tokens.weight", f"{p}layers.{{i}}.self_attn.k_proj.weight", f"{p}norm.weight")
     return (
         *(Signature(family, "transformer", _DIT, (), prefix, told) for prefix in _PREFIXES),
@@ -100,11 +102,11 @@ FROM_PICTURE = dataclasses.replace(
         "transformer": FAMILY.originals["transformer"]._replace(
             config=functools.partial(hunyuan_video.original_config, condition="token_replace")
         ),
-        "text_encoder": Original(llava.CLASS, single.llava_config, llava.rules, "text_encoders.llava.transformer."),
+        "text_encoder": Original(llava.CLASS, single.llava_config, llava.rules, _LLAVA_PREFIX),
     },
     signatures=(
         *(s for s in _signatures(_I2V, _of_pictures) if s.component != "text_encoder"),
-        *(Signature(_I2V, "text_encoder", _LLAVA, (), at) for at in ("text_encoders.llava.transformer.", "")),
+        *(Signature(_I2V, "text_encoder", _LLAVA, (), at) for at in (_LLAVA_PREFIX, "")),
     ),
     beside={n: files for n, files in FAMILY.beside.items() if n != "text_encoder"},
     tokenizers_beside={**FAMILY.tokenizers_beside, "tokenizer": ("text_encoder_i2v",)},

@@ -14,6 +14,7 @@ from util_sd3 import error
 
 import jdit
 from convert import registry, stream, write
+from convert.convert import convert
 from convert.source import open_source
 from jdit import video
 from jdit.cli import main
@@ -170,6 +171,10 @@ def test_original_release(tmp_path, kind):
     (root / f"{names['transformer']}.pt").rename(tmp_path / "other.pt")
     other = open_source(tmp_path / "other.pt")
     assert other.family == ("hunyuan-video-i2v" if kind == "latent_concat" else "hunyuan-video")
+    convert(tmp_path / "model", tmp_path / "jdit")
+    convert(tmp_path / "jdit", tmp_path / "one.safetensors", to="original", check=True)
+    one = open_source(tmp_path / "one.safetensors")
+    assert one.family == "hunyuan-video-i2v" and one.parts["transformer"].cfg == want["transformer"][0]
 
 
 def leaves(part) -> dict[str, np.ndarray]:

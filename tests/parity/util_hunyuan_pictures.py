@@ -66,9 +66,10 @@ def encoder(folder: Path) -> tuple[HunyuanVideoImageToVideoPipeline, Llava, Toke
 
 def pipeline(folder: Path, kind: str, original: bool = False) -> HunyuanVideoImageToVideoPipeline:
     """A whole tiny pipeline, saved to `folder / "model"`; see `encoders`."""
+    groups = dict(block_out_channels=(32,) * 4, norm_num_groups=32) if original else {}
     more = dict(attention_head_dim=32, rope_axes_dim=(4, 14, 14)) if original else {}
     pipe = HunyuanVideoImageToVideoPipeline(
-        **encoders(folder, original), **clip_text(folder, original), vae=vae(),
+        **encoders(folder, original), **clip_text(folder, original), vae=vae(**groups),
         transformer=util_hunyuan_video.transformer(**more, **KINDS[kind]),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
     )  # fmt: skip
