@@ -167,6 +167,11 @@ def original_rules(cfg: HunyuanVideoConfig) -> list[Rule]:
     return _table(cfg, ORIGINAL, scale_first=False)
 
 
+def beside_noise(channels: int, out: int) -> bool:
+    """Whether a transformer of so many channels in and out has a picture and its mask among them."""
+    return channels == 2 * out + 1
+
+
 def original_config(
     shapes: Mapping[str, Sequence[int]],
     *,
@@ -199,5 +204,5 @@ def original_config(
         heads=width // head_dim, head_dim=head_dim, mlp_ratio=mlp // width,
         guidance="guidance_in.mlp.0.weight" in shapes, text_dim=text, pooled_dim=pooled,
         rope_dims=(head_dim // 8, 7 * head_dim // 16, 7 * head_dim // 16),
-        condition="latent_concat" if channels == 2 * out + 1 else condition, dtype=dtype, rules=rules,
+        condition="latent_concat" if beside_noise(channels, out) else condition, dtype=dtype, rules=rules,
     )  # fmt: skip

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -111,6 +111,7 @@ class Signature(NamedTuple):
         has: key templates, each must match some key below the prefix whole ({i} stands for a number).
         lacks: key templates of which none may match.
         prefix: of the component's keys in the file; "" for a file of its own.
+        told: (file, prefix) -> whether it is that, by more than these keys; None is nothing more.
     """
 
     family: str
@@ -118,6 +119,7 @@ class Signature(NamedTuple):
     has: tuple[str, ...]
     lacks: tuple[str, ...] = ()
     prefix: str = ""
+    told: Callable[[Reader, str], bool] | None = None
 
 
 def _any(template: str, keys: Sequence[str]) -> bool:
@@ -128,7 +130,9 @@ def _any(template: str, keys: Sequence[str]) -> bool:
 def fits(signature: Signature, reader: Reader) -> bool:
     """Whether a file holds what a signature tells of."""
     keys = [k[len(signature.prefix) :] for k in reader.tensors if k.startswith(signature.prefix)]
-    return all(_any(t, keys) for t in signature.has) and not any(_any(t, keys) for t in signature.lacks)
+    if not all(_any(t, keys) for t in signature.has) or any(_any(t, keys) for t in signature.lacks):
+        return False
+    return signature.told is None or signature.told(reader, signature.prefix)
 
 
 def recognise(

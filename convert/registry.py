@@ -15,6 +15,7 @@ from convert import (
     cogvideox,
     hunyuan_video,
     llama,
+    llava,
     qwen2_5_vl,
     qwen_image,
     sd3,
@@ -38,6 +39,7 @@ from jdit.nn.mmdit import MMDiT
 from jdit.nn.qwen_image import QwenImage
 from jdit.nn.text.clip import CLIPText
 from jdit.nn.text.decoder import Decoder
+from jdit.nn.text.llava import Llava
 from jdit.nn.text.qwen2_5_vl import Qwen2_5VL
 from jdit.nn.text.t5 import T5
 from jdit.nn.vae.autoencoder_kl import AutoencoderKL
@@ -88,6 +90,7 @@ COMPONENTS: dict[str, Component] = {
         ),
         _llama(llama.CLASS),
         _llama(llama.CAUSAL),
+        Component(llava.CLASS, Llava, llava.config, llava.upstream_config, llava.rules, "transformers"),
         Component("WanTransformer3DModel", Wan, wan.config, wan.upstream_config, wan.rules),
         Component(
             "WanAnimateTransformer3DModel", WanAnimate, wan_animate.config, wan_animate.upstream_config,
@@ -117,6 +120,7 @@ FAMILIES: dict[str, Family] = {
     "sd3": sd3_family.FAMILY, "wan": wan_family.FAMILY, "wan-animate": animate_family.FAMILY,
     "cogvideox": cogvideox_family.FAMILY, "qwen-image": qwen_family.FAMILY, "qwen-image-edit": qwen_family.EDIT,
     "qwen-image-edit-plus": qwen_family.EDIT_PLUS, "hunyuan-video": hunyuan_family.FAMILY,
+    "hunyuan-video-i2v": hunyuan_family.FROM_PICTURE,
 }  # fmt: skip
 """Our name of a family -> what its checkpoints hold."""
 
@@ -124,9 +128,10 @@ IGNORED_PREFIXES = tuple(prefix for family in FAMILIES.values() for prefix in fa
 
 
 def signatures(family: str | None = None) -> list[Signature]:
-    """How components are told by their keys, of one family or of all; those with a prefix first."""
+    """How components are told by their keys, of one family or of all; those with a prefix first, and of them those that
+    are told by more than keys."""
     known = [s for n, f in FAMILIES.items() if family in (None, n) for s in f.signatures]
-    return sorted(known, key=lambda s: not s.prefix)
+    return sorted(known, key=lambda s: (not s.prefix, s.told is None))
 
 
 def of_config(cfg: Any) -> Component:

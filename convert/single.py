@@ -4,6 +4,7 @@ What shapes cannot tell (dims of a head, activations, the scale and shift of lat
 family share.
 """
 
+import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from convert.qwen2_5_vl import LANGUAGE, VISION
 from convert.table import need
 from jdit.nn.text.clip import LEGACY_EOS, CLIPTextConfig
 from jdit.nn.text.decoder import DecoderConfig
+from jdit.nn.text.llava import LlavaConfig
 from jdit.nn.text.qwen2_5_vl import Qwen2_5VLConfig
 from jdit.nn.text.t5 import T5Config
 from jdit.nn.vae.autoencoder_kl import AutoencoderKLConfig
@@ -166,3 +168,15 @@ def llama_config(shapes: Shapes) -> DecoderConfig:
         heads=inner // head_dim, kv_heads=rows("self_attn.k") // head_dim,
         head_dim=None if inner == width else head_dim, eps=1e-5, qkv_bias=False, theta=5e5, sections=None,
     )  # fmt: skip
+
+
+def llava_config(shapes: Shapes) -> LlavaConfig:
+    """LLaVA by the keys of a file of its own, in the published naming.
+
+    Raises:
+        ConversionError: a tensor that the architecture is read from is missing.
+    """
+    below = lambda prefix: {k[len(prefix) :]: v for k, v in shapes.items() if k.startswith(prefix)}
+    tower = clip_vision_config(below("vision_tower."))
+    tower = dataclasses.replace(tower, heads=max(1, tower.width // HEAD_DIM), act="quick_gelu")
+    return LlavaConfig(llama_config(below("language_model.")), tower)

@@ -84,6 +84,13 @@ class ImageProcessor:
             rgb=bool(got["do_convert_rgb"]),
         )
 
+    @classmethod
+    def of(cls, settings: Mapping[str, Any], side: int = 224) -> "ImageProcessor":
+        """That of a pipeline's settings (`image_processor`); where they have none, CLIP's for pictures of `side`."""
+        if (config := settings.get("image_processor")) is not None:
+            return cls.from_config(config)
+        return cls((("shortest_edge", side),), crop=(side, side))
+
     def to_config(self) -> dict[str, Any]:
         """A preprocessor_config.json that transformers reads; fields of a step that is left out are not kept."""
         steps: dict[str, Any] = {

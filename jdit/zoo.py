@@ -11,7 +11,8 @@ from jdit.nn.hunyuan_video import HunyuanVideo, HunyuanVideoConfig
 from jdit.nn.mmdit import MMDiT, MMDiTConfig
 from jdit.nn.qwen_image import QwenImage, QwenImageConfig
 from jdit.nn.text.clip import CLIPText, CLIPTextConfig
-from jdit.nn.text.decoder import Decoder, DecoderConfig
+from jdit.nn.text.decoder import LLAMA_3, Decoder, DecoderConfig
+from jdit.nn.text.llava import Llava, LlavaConfig
 from jdit.nn.text.qwen2_5_vl import Qwen2_5VL, Qwen2_5VLConfig
 from jdit.nn.text.t5 import T5, T5Config
 from jdit.nn.vae.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
@@ -49,6 +50,7 @@ MODULES: dict[type, type[nnx.Module]] = {
     T5Config: T5,
     DecoderConfig: Decoder,
     Qwen2_5VLConfig: Qwen2_5VL,
+    LlavaConfig: Llava,
     CLIPVisionConfig: CLIPVision,
     WanConfig: Wan,
     WanAnimateConfig: WanAnimate,
@@ -84,6 +86,7 @@ PLANS = {
     "qwen-image-edit": Plan(steps=50, guidance=4.0),  # the picture has the size
     "qwen-image-edit-plus": Plan(steps=40, guidance=4.0),
     "hunyuan-video": Plan(steps=50, guidance=6.0, height=720, width=1280, num_frames=129, fps=24.0),
+    "hunyuan-video-i2v": Plan(steps=50, guidance=6.0, height=720, width=1280, num_frames=129, fps=24.0),
 }  # fmt: skip
 """How a family's unknown variants are run; others as Plan() has it."""
 
@@ -229,19 +232,19 @@ _QWEN_VARIANTS = {
     ),
 }  # fmt: skip
 
-_LLAMA_3 = DecoderConfig(  # that of LLaVA, with its further tokens
-    vocab_size=128320, width=4096, mlp=14336, layers=32, heads=32, kv_heads=8, eps=1e-5, qkv_bias=False, theta=5e5,
-    sections=None,
-)  # fmt: skip
 
-
-def _hunyuan(source: str, about: str, **plan: Any) -> Variant:
+def _hunyuan(source: str, about: str, *, family: str = "hunyuan-video", **plan: Any) -> Variant:
     components = {
-        "transformer": HunyuanVideoConfig(), "vae": AutoencoderKLHunyuanVideoConfig(), "text_encoder": _LLAMA_3,
+        "transformer": HunyuanVideoConfig(), "vae": AutoencoderKLHunyuanVideoConfig(), "text_encoder": LLAMA_3,
         "text_encoder_2": dataclasses.replace(_CLIP_L, projection=None),
     }  # fmt: skip
-    own = dataclasses.replace(PLANS["hunyuan-video"], **plan)
-    return Variant("hunyuan-video", components, {**_FLOW, "shift": own.shift or 7.0}, own, source, about)
+    own = dataclasses.replace(PLANS[family], **plan)
+    return Variant(family, components, {**_FLOW, "shift": own.shift or 7.0}, own, source, about)
+
+
+def _hunyuan_i2v(source: str, about: str, transformer: HunyuanVideoConfig, **plan: Any) -> Variant:
+    variant = _hunyuan(source, about, family="hunyuan-video-i2v", **plan)
+    return variant._replace(components=variant.components | {"transformer": transformer, "text_encoder": LlavaConfig()})
 
 
 _HUNYUAN_VARIANTS = {  # steps, shift and guidance of the original releases (hyvideo/config.py, FastVideo's scripts)
@@ -249,6 +252,14 @@ _HUNYUAN_VARIANTS = {  # steps, shift and guidance of the original releases (hyv
     "fasthunyuan": _hunyuan(
         "FastVideo/FastHunyuan-diffusers", "HunyuanVideo text to video, distilled to 6 steps, 13B", steps=6, shift=17.0,
         num_frames=125,
+    ),
+    "hunyuan-video-i2v": _hunyuan_i2v(
+        "hunyuanvideo-community/HunyuanVideo-I2V", "HunyuanVideo picture to video, 13B",
+        HunyuanVideoConfig(condition="token_replace"),
+    ),
+    "hunyuan-video-i2v-33ch": _hunyuan_i2v(
+        "hunyuanvideo-community/HunyuanVideo-I2V-33ch", "HunyuanVideo picture to video of March 6, 2025, 13B",
+        HunyuanVideoConfig(in_channels=33, guidance=False, condition="latent_concat"), guidance=1.0,
     ),
 }  # fmt: skip
 

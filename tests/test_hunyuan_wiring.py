@@ -17,6 +17,7 @@ from jdit.pipeline import hunyuan_stages as stage
 from jdit.pipeline import memory, modulation
 from jdit.pipeline.base import Parts
 from jdit.pipeline.executor import Weights, check_wiring
+from jdit.pipeline.given import GivenFrames
 from jdit.pipeline.hunyuan_video import HunyuanVideoGeneration
 from jdit.structs import Text
 
@@ -62,6 +63,7 @@ def test_full_size(name):
         "positive": text, "negative": text, "table": pipe.table(pipe.plan.steps), "noise": array(*latents),
         "embedded": array(), "guidance": array(), "keys": None, "two_passes": False, "report": False,
         "output": "uint8", "vae_tiling": True, "vae_slicing": True, "report_frames": False,
+        "picture": GivenFrames(),
     }  # fmt: skip
     out = check_wiring(pipe.usual_stages()[1:], modules, values)
     assert out["latents"].shape == latents

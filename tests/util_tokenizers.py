@@ -2,6 +2,7 @@
 
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -67,11 +68,12 @@ LLAMA_SPECIAL = [
 ]  # fmt: skip
 
 
-def llama3_folder(folder: Path, text: str, *, begin: bool = True, pad: bool = True) -> Path:
+def llama3_folder(folder: Path, text: str, *, begin: bool = True, pad: bool = True, more: Sequence[str] = ()) -> Path:
     """A small tokenizer of Llama 3's kind, tokenizer.json: it splits as that does and has the words of `text` whole.
 
     Args:
         begin: it puts <|begin_of_text|> before a text by itself.
+        more: further special tokens.
     """
     backend = Tokenizer(models.BPE())
     words = pre_tokenizers.Split(Regex(LLAMA_WORDS), behavior="isolated")
@@ -81,7 +83,7 @@ def llama3_folder(folder: Path, text: str, *, begin: bool = True, pad: bool = Tr
         vocab_size=2000, min_frequency=1, initial_alphabet=sorted(ByteLevel.alphabet()), show_progress=False
     )
     backend.train_from_iterator([text], trainer)
-    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in LLAMA_SPECIAL])
+    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in (*LLAMA_SPECIAL, *more)])
     first = LLAMA_SPECIAL[0]
     if begin:
         backend.post_processor = processors.TemplateProcessing(

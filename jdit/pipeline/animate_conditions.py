@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, UInt8
 
 from jdit.nn.vae.autoencoder_kl_wan import AutoencoderKLWan
-from jdit.pipeline.wan_conditions import encode_video, flags, unit
+from jdit.pipeline.given import unit
+from jdit.pipeline.wan_conditions import encode_video, flags
 
 
 class Segment(NamedTuple):

@@ -234,10 +234,21 @@ class Pipeline:
         *,
         negative_prompt: str | Sequence[str] | None = "",
         max_text_tokens: int | None = None,
+        image: Picture | Sequence[Picture] | None = None,
     ) -> Prompt:
-        """Encode prompts once, to be given to calls in their place; negative_prompt None leaves out the negatives."""
+        """Encode prompts once, to be given to calls in their place; negative_prompt None leaves out the negatives.
+
+        Args:
+            image: in families whose prompts have pictures in them; calls are given the same.
+
+        Raises:
+            ValueError: an image for prompts that have none.
+        """
+        of_text = {"max_text_tokens": max_text_tokens} | ({} if image is None else {"image": image})
+        if late := sorted(of_text.keys() - set(self.of_text)):
+            raise ValueError(f"{self.parts.family} takes no {', '.join(late)} with its prompts, only in calls")
         with self.on_mesh():
-            return self._encode(prompt, negative_prompt, {}, max_text_tokens=max_text_tokens)
+            return self._encode(prompt, negative_prompt, {}, **of_text)
 
     # ---- what the families' _generate and encode are made of
 
@@ -253,7 +264,8 @@ class Pipeline:
         if not isinstance(prompt, Prompt):
             negative = or_(given["negative_prompt"], "") if guided else None
             return self._encode(prompt, negative, timings, **{n: given.get(n) for n in self.of_text})
-        if late := [n for n in ("negative_prompt", *self.of_text) if given.get(n) is not None]:
+        of_text = [n for n in ("negative_prompt", *self.of_text) if n != "image"]  # that calls need for more than text
+        if late := [n for n in of_text if given.get(n) is not None]:
             raise ValueError(f"{', '.join(late)}: the prompt is encoded already; give it to encode")
         if guided and prompt.negative is None:
             raise ValueError("guidance above 1 needs a prompt encoded with a negative_prompt")

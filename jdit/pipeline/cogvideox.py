@@ -21,6 +21,7 @@ from jdit.pipeline import base, calls, modulation
 from jdit.pipeline.calls import or_
 from jdit.pipeline.cogvideox_conditions import Conditions, encode_picture, encode_text, encode_video
 from jdit.pipeline.executor import Stage, run
+from jdit.pipeline.given import GivenFrames
 from jdit.sampling import guidance as guide
 from jdit.structs import Output, Prompt, Text
 
@@ -36,7 +37,7 @@ def prepare(positive: Text, negative: Text | None, noise, clean, first, table: s
     x = noise if clean is None else sampling.add_noise(jnp.broadcast_to(clean, noise.shape), noise, table)
     text = positive.states if negative is None else jnp.concatenate([negative.states, positive.states])
     after = ((0, 0), (0, noise.shape[1] - 1), (0, 0), (0, 0), (0, 0))
-    return x, Conditions(text, None if first is None else jnp.pad(first, after))
+    return x, Conditions(text, GivenFrames(None if first is None else jnp.pad(first, after)))
 
 
 def modulate(transformer: CogVideoX, table: sampling.Table) -> Modulation:
@@ -60,7 +61,7 @@ def denoise(
     of_step = modulation.at(mods, transformer.modulation_table)
 
     def predict(x, t, row, *, text):
-        return transformer.velocity(given.apply(x), of_step(t, row[0]), text)
+        return transformer.velocity(given.frames.apply(x), of_step(t, row[0]), text)
 
     model, strength = functools.partial(predict, text=text), lambda row: row[1]
     if scales is not None and two_passes:

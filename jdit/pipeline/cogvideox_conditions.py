@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, UInt8
 
 from jdit.nn.text.t5 import T5
 from jdit.nn.vae.autoencoder_kl_cogvideox import AutoencoderKLCogVideoX
+from jdit.pipeline.given import GivenFrames, unit
 from jdit.structs import Text
 
 
@@ -22,19 +23,11 @@ class Conditions(NamedTuple):
 
     Attributes:
         text: states of the prompts, [negative; positive] under guidance.
-        picture: latents of the first frame, then zeros, laid beside the channels of the noise: one for all outputs or
-            one an output.
+        frames: latents of the first frame, then zeros, beside the noise.
     """
 
     text: Float[Array, "P L J"]
-    picture: Float[Array, "B S h w C"] | None = None
-
-    def apply(self, x: Float[Array, "B S h w C"]) -> Float[Array, "B S h w D"]:
-        """What the transformer is given for the noisy latents x."""
-        if self.picture is None:
-            return x
-        beside = jnp.tile(self.picture, (x.shape[0] // self.picture.shape[0], 1, 1, 1, 1))
-        return jnp.concatenate([x, beside.astype(x.dtype)], -1)
+    frames: GivenFrames = GivenFrames()
 
 
 def encode_text(encoder: T5, ids) -> Text:
@@ -56,7 +49,6 @@ def encode_video(vae: AutoencoderKLCogVideoX, video: UInt8[Array, "1 T H W 3"], 
 
 def _encode(vae: AutoencoderKLCogVideoX, video: UInt8[Array, "1 T H W 3"], keys, tiling: bool):
     """A draw from the posterior for each key, its mode without keys."""
-    unit = video.astype(jnp.float32) / 127.5 - 1
-    posterior = vae.encode(unit, tiles=vae.cfg.tiles if tiling else None)
+    posterior = vae.encode(unit(video), tiles=vae.cfg.tiles if tiling else None)
     z = posterior.mode() if keys is None else jax.vmap(posterior.sample)(keys)[:, 0]
     return z.astype(jnp.float32)

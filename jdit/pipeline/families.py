@@ -2,6 +2,7 @@
 
 from jdit.pipeline.base import Pipeline
 from jdit.pipeline.cogvideox import CogVideoXVideo
+from jdit.pipeline.hunyuan_i2v import HunyuanVideoFromPicture
 from jdit.pipeline.hunyuan_video import HunyuanVideoGeneration
 from jdit.pipeline.qwen_edit import QwenImageEditing, QwenImageEditingPlus
 from jdit.pipeline.qwen_image import QwenImageGeneration
@@ -13,4 +14,5 @@ PIPELINES: dict[str, type[Pipeline]] = {
     "sd3": StableDiffusion3, "wan": WanVideo, "wan-animate": WanAnimation, "cogvideox": CogVideoXVideo,
     "qwen-image": QwenImageGeneration, "qwen-image-edit": QwenImageEditing,
     "qwen-image-edit-plus": QwenImageEditingPlus, "hunyuan-video": HunyuanVideoGeneration,
+    "hunyuan-video-i2v": HunyuanVideoFromPicture,
 }  # fmt: skip

@@ -20,6 +20,7 @@ from jdit.nn.vae.autoencoder_kl_hunyuan_video import AutoencoderKLHunyuanVideo
 from jdit.nn.vae.tiling import Tiles
 from jdit.pipeline import calls, modulation
 from jdit.pipeline.executor import Stage
+from jdit.pipeline.given import GivenFrames
 from jdit.pipeline.hunyuan_prompts import SKIP
 from jdit.sampling import guidance as guide
 from jdit.structs import Text
@@ -60,12 +61,13 @@ def modulate(transformer: HunyuanVideo, text: Text, table: sampling.Table, embed
 
 
 def denoise(
-    transformer: HunyuanVideo, x: Latents, text: Text, tables: Tables | None, table: sampling.Table, embedded, scale,
-    keys, two_passes: bool, report: bool,
+    transformer: HunyuanVideo, x: Latents, text: Text, picture: GivenFrames, tables: Tables | None,
+    table: sampling.Table, embedded, scale, keys, two_passes: bool, report: bool,
 ) -> Latents:  # fmt: skip
     """The sampling loop.
 
     Args:
+        picture: that the transformer sees beside or among the noise, if any.
         tables: of each step; None makes them in the steps.
         embedded: see `step_tables`. scale: of classifier-free guidance; None is off.
     """
@@ -75,7 +77,8 @@ def denoise(
 
     def predict(x, t, row, *, at: np.ndarray):
         mods, tokens = of_step(t, row[0])
-        return transformer.velocity(x, mods.rows(at), tokens[at], text_lengths=None if lengths is None else lengths[at])
+        own = None if lengths is None else lengths[at]
+        return transformer.velocity(picture.apply(x), mods.rows(at), tokens[at], text_lengths=own)
 
     model = functools.partial(predict, at=each)
     if scale is not None and two_passes:
@@ -84,7 +87,7 @@ def denoise(
     elif scale is not None:
         model = guide.classifier_free(model, scale)
     told = calls.report_step if report else None
-    return sampling.solve(model, x, table, key=keys, per_step=(tables,), on_step=told)
+    return picture.keep_first(sampling.solve(model, x, table, key=keys, per_step=(tables,), on_step=told))
 
 
 def decode(vae: AutoencoderKLHunyuanVideo, latents: Latents, kind: str, tiling: bool, slicing: bool, report: bool):
@@ -101,7 +104,7 @@ ENCODE_TEXT = Stage(
 PREPARE = Stage("prepare", prepare, (), ("positive", "negative", "noise"), ("x", "text"))
 DENOISE = Stage(
     "denoise", denoise, ("transformer",),
-    ("x", "text", "modulation", "table", "embedded", "guidance", "keys", "two_passes", "report"),
+    ("x", "text", "picture", "modulation", "table", "embedded", "guidance", "keys", "two_passes", "report"),
     ("latents",), ("two_passes", "report"), frees=("modulation",),
 )  # fmt: skip
 DECODE = Stage(

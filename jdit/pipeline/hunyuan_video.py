@@ -2,11 +2,12 @@
 `hunyuan_stages`."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from jdit import sampling
 from jdit.nn.hunyuan_video import HunyuanVideo, HunyuanVideoConfig
@@ -19,6 +20,7 @@ from jdit.pipeline import base, calls, modulation
 from jdit.pipeline import hunyuan_stages as stage
 from jdit.pipeline.calls import or_
 from jdit.pipeline.executor import Stage, run
+from jdit.pipeline.given import GivenFrames
 from jdit.pipeline.hunyuan_prompts import VIDEO
 from jdit.pipeline.templates import Template, template_ids
 from jdit.structs import Output, Prompt, Text
@@ -28,10 +30,6 @@ MOST = 1024
 CLIP_TOKENS = 77
 FPS = 24.0
 """As the original release writes its videos (sample_video.py); upstream's example has 15."""
-KINDS = {
-    "transformer": HunyuanVideoConfig, "vae": AutoencoderKLHunyuanVideoConfig, "text_encoder": DecoderConfig,
-    "text_encoder_2": CLIPTextConfig,
-}  # fmt: skip
 
 
 class HunyuanVideoGeneration(base.Pipeline):
@@ -50,7 +48,13 @@ class HunyuanVideoGeneration(base.Pipeline):
         "latents", "max_text_tokens", "two_passes", "vae_tiling", "vae_slicing", "on_frame",
     )  # fmt: skip
     template: ClassVar[Template] = VIDEO
+    kinds: ClassVar[dict[str, type]] = {
+        "transformer": HunyuanVideoConfig, "vae": AutoencoderKLHunyuanVideoConfig, "text_encoder": DecoderConfig,
+        "text_encoder_2": CLIPTextConfig,
+    }  # fmt: skip
     conditions: ClassVar[tuple[str | None, ...]] = (None,)  # of the transformers that it runs
+    encode_text: ClassVar[Stage] = stage.ENCODE_TEXT
+    begin: ClassVar[tuple[Stage, ...]] = (stage.PREPARE,)  # what is done before the sampling loop
 
     # ---- what the checkpoint is
 
@@ -71,14 +75,15 @@ class HunyuanVideoGeneration(base.Pipeline):
     def misfits(cls, parts: base.Parts) -> list[str]:
         """See the base class."""
         c = parts.configs
-        if wrong := [n for n, kind in KINDS.items() if n in c and not isinstance(c[n], kind)]:
-            return [f"{n} is a {type(c[n]).__name__}, a {KINDS[n].__name__} is needed" for n in wrong]
+        if wrong := [n for n, kind in cls.kinds.items() if n in c and not isinstance(c[n], kind)]:
+            return [f"{n} is a {type(c[n]).__name__}, a {cls.kinds[n].__name__} is needed" for n in wrong]
         cfg, z, out = c["transformer"], c["vae"].latent_channels, []
         if cfg.condition not in cls.conditions:
             out.append(f"transformer: image_condition_type={cfg.condition!r}, this pipeline runs {cls.conditions}")
-        elif not cfg.in_channels == cfg.out_channels == z:
+        elif (cfg.in_channels, cfg.out_channels) != (takes := 2 * z + 1 if cfg.condition == "latent_concat" else z, z):
             out.append(
-                f"transformer takes {cfg.in_channels} and gives {cfg.out_channels} channels of latents, the vae has {z}"
+                f"transformer takes {cfg.in_channels} and gives {cfg.out_channels} channels, but the vae has {z}: "
+                f"{takes} in and {z} out would fit"
             )
         for name, reads in (("text_encoder", cfg.text_dim), ("text_encoder_2", cfg.pooled_dim)):
             if name in c and c[name].width != reads:
@@ -128,23 +133,30 @@ class HunyuanVideoGeneration(base.Pipeline):
         texts, count = calls.both_texts(prompt, negative)
         self.ready()
         most = or_(max_text_tokens, self.plan.max_text_tokens)
-        tokenizer, clip = (self.parts.tokenizers[n] for n in ("tokenizer", "tokenizer_2"))
         # one length for all prompts, so that none compiles anew
-        ids = template_ids(tokenizer, texts, self.template, max_tokens=most, multiple=most)
-        clip_ids = clip.encode(texts, min(CLIP_TOKENS, self.parts.configs["text_encoder_2"].max_positions))
+        ids = template_ids(self.parts.tokenizers["tokenizer"], texts, self.template, max_tokens=most, multiple=most)
         values: dict[str, Any] = {
             "tokens": jnp.asarray(ids.tokens), "lengths": jnp.asarray(ids.lengths), "drop": self.template.drop,
-            "clip_ids": jnp.asarray(clip_ids),
+            "clip_ids": self._clip_ids(texts),
         }  # fmt: skip
-        values, spent = run([stage.ENCODE_TEXT], self.weights, values)
+        values, spent = run([self.encode_text], self.weights, values)
         timings |= spent
         return calls.halves(values["encoded"], count, negative)
+
+    def _clip_ids(self, texts: Sequence[str]) -> Array:
+        most = min(CLIP_TOKENS, self.parts.configs["text_encoder_2"].max_positions)
+        return jnp.asarray(self.parts.tokenizers["tokenizer_2"].encode(texts, most))
 
     # ---- the call
 
     def usual_stages(self) -> list[Stage]:
         """See the base class."""
-        return [stage.ENCODE_TEXT, stage.PREPARE, *stage.solving(tabled=self._tabled()), stage.DECODE]
+        return [self.encode_text, *self.begin, *stage.solving(tabled=self._tabled()), self.decode]
+
+    @property
+    def decode(self) -> Stage:
+        """What makes pixels of the last x."""
+        return stage.DECODE
 
     def tables(self) -> dict[str, int]:
         """See the base class."""
@@ -155,7 +167,7 @@ class HunyuanVideoGeneration(base.Pipeline):
 
     def _modulation(self, steps: int | None = None, prompts: int | None = None) -> tuple[Any, ...]:
         """What the size of the tables depends on; `prompts` counts the negative ones."""
-        cfg, tokens, rows = self._cfg, self.plan.max_text_tokens, or_(prompts, self.rows)
+        cfg, tokens, rows = self._cfg, self._text_tokens, or_(prompts, self.rows)
         spec: Any = modulation.spec
         text = Text(spec(rows, tokens, cfg.text_dim), spec(rows, cfg.pooled_dim))
         return HunyuanVideo, cfg, spec(or_(steps, self.plan.steps)), text, spec() if cfg.guidance else None
@@ -171,12 +183,17 @@ class HunyuanVideoGeneration(base.Pipeline):
         latent = self._vae.latent_frames(self.frames()) * height * width // self._vae.space_factor**2
         return latent // math.prod(self._cfg.patch_3d)
 
+    @property
+    def _text_tokens(self) -> int:
+        """Tokens of a prompt that the transformer sees in a usual call, padding included."""
+        return self.plan.max_text_tokens
+
     def activations(self) -> float:
         """See the base class; by count: about 36 bytes a token and width in the transformer's fused blocks, and twelve
         arrays of a tile at full size in the autoencoder."""
         cfg, vae = self._cfg, self._vae
         (height, width), frames = self.size(), self.frames()
-        tokens = self.plan.max_text_tokens + self.tokens()
+        tokens = self._text_tokens + self.tokens()
         tile = (FRAME_TILES.size + 1) * math.prod(map(min, (height, width), Tiles().size)) * vae.channels[0]
         pixels = 12 * tile * np.dtype(jnp.dtype(vae.dtype)).itemsize + 3 * frames * height * width
         return max(self.rows * 36 * tokens * cfg.width, pixels)
@@ -184,6 +201,10 @@ class HunyuanVideoGeneration(base.Pipeline):
     def table(self, steps: int, *, shift=None, solver=None) -> sampling.Table:
         """The solver's table of a run."""
         return self._table(steps, shift=shift, solver=solver, sigmas=np.linspace(1.0, 0.0, steps + 1)[:-1])
+
+    def _picture(self, a: Mapping[str, Any], height: int, width: int) -> dict[str, Any]:
+        """The values that the stages read of a call's picture."""
+        return {"picture": GivenFrames()}
 
     def _generate(self, prompt, **a: Any) -> Output:
         (height, width), frames, vae = self.size(a["height"], a["width"]), self.frames(a["num_frames"]), self._vae
@@ -204,8 +225,9 @@ class HunyuanVideoGeneration(base.Pipeline):
                 "output": a["output"], "report": a["on_step"] is not None,
                 "report_frames": a.get("on_frame") is not None,
             }  # fmt: skip
-            todo = [stage.PREPARE, *stage.solving(tabled=self._tabled(table.steps, prompts * (1 + guided)))]
-            todo += [stage.DECODE] if a["output"] != "latents" else []
+            values |= self._picture(a, height, width)
+            todo = [*self.begin, *stage.solving(tabled=self._tabled(table.steps, prompts * (1 + guided)))]
+            todo += [self.decode] if a["output"] != "latents" else []
             with calls.reporting(a["on_step"], a.get("on_frame")):
                 values, spent = run(todo, self.weights, values)
         return calls.result(values, timings | spent, self.plan.fps or FPS)

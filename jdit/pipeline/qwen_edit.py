@@ -20,7 +20,6 @@ from jdit.pipeline.executor import Stage
 from jdit.pipeline.qwen_image import BUCKET, QwenImageGeneration
 from jdit.pipeline.qwen_pictures import QwenImageProcessor, area_size
 from jdit.pipeline.qwen_prompts import EDIT, EDIT_PLUS, PromptIds, prompt_ids
-from jdit.structs import Prompt
 
 AREA = 1024 * 1024
 """Pixels of what the autoencoder sees, and of the result unless the call says otherwise."""
@@ -91,23 +90,6 @@ class QwenImageEditing(QwenImageGeneration):
         self._for_prompt(self.pictures(arguments["image"]))
 
     # ---- prompts
-
-    def encode(
-        self,
-        prompt: str | Sequence[str],
-        *,
-        negative_prompt: str | Sequence[str] | None = "",
-        max_text_tokens: int | None = None,
-        image: Any = None,
-    ) -> Prompt:
-        """Encode prompts with the pictures in them once, to be given to calls (with the same pictures) in their place;
-        negative_prompt None leaves out the negatives."""
-        with self.on_mesh():
-            return self._encode(prompt, negative_prompt, {}, max_text_tokens=max_text_tokens, image=image)
-
-    def _prompt(self, prompt, given: Mapping[str, Any], guided: bool, timings: dict[str, float]) -> Prompt:
-        encoded = isinstance(prompt, Prompt)  # the pictures are in it, and are needed for the transformer still
-        return super()._prompt(prompt, {**given, "image": None} if encoded else given, guided, timings)
 
     def _prompts(self, texts: Sequence[str], tokens: int | None, image: Any) -> tuple[PromptIds, tuple]:
         if image is None:

@@ -19,8 +19,9 @@ from jdit.nn.wan import Modulation, Wan, WanConfig
 from jdit.pipeline import base, calls, modulation, segmented
 from jdit.pipeline.calls import or_
 from jdit.pipeline.executor import Stage, run
+from jdit.pipeline.given import GivenFrames, unit
 from jdit.pipeline.segmented import SEGMENT, TAKES, planned
-from jdit.pipeline.wan_conditions import Conditions, encode_first, encode_frames, encode_pictures, times, unit
+from jdit.pipeline.wan_conditions import Conditions, encode_first, encode_frames, encode_pictures, times
 from jdit.pipeline.wan_prompts import TEXT, WanPipeline, change_rows, contexts, texts
 from jdit.sampling import guidance as guide
 from jdit.sampling.segments import SegmentPlan
@@ -31,7 +32,7 @@ from jdit.structs import Output, Text
 
 def prepare(positive: Text, negative: Text | None, noise, table: sampling.Table, tokens, channels, first):
     """The solver's first state, and what all steps see."""
-    return sampling.init(noise, table), Conditions(texts(positive, negative), tokens, channels, first)
+    return sampling.init(noise, table), Conditions(texts(positive, negative), tokens, GivenFrames(channels, first))
 
 
 def modulate(transformer: Wan, table: sampling.Table, held: int | None) -> Modulation:
@@ -53,7 +54,7 @@ def denoise(
     of_step = modulation.at(mods, lambda t: transformer.modulation_table(times(t, held)))
 
     def predict(x, t, row, *, context):
-        return transformer.velocity(given.apply(x), of_step(t, row[0]), context)
+        return transformer.velocity(given.frames.apply(x), of_step(t, row[0]), context)
 
     model = functools.partial(predict, context=context)
     if scale is not None and two_passes:
@@ -67,7 +68,7 @@ def denoise(
 
 def finish(state: sampling.State, given: Conditions) -> Float[Array, "B S h w C"]:
     """The last x; a first frame that was given is put back as it was."""
-    return given.keep_first(state.x)
+    return given.frames.keep_first(state.x)
 
 
 def decode(vae: AutoencoderKLWan, latents, kind: str, tiling: bool, slicing: bool, report: bool):

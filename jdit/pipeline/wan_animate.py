@@ -21,8 +21,9 @@ from jdit.pipeline import base, calls, modulation, segmented
 from jdit.pipeline.animate_conditions import Segment, Tail, encode_reference, encode_segment
 from jdit.pipeline.calls import or_
 from jdit.pipeline.executor import Stage
+from jdit.pipeline.given import unit
 from jdit.pipeline.segmented import SEGMENT, TAKES, planned
-from jdit.pipeline.wan_conditions import encode_pictures, unit
+from jdit.pipeline.wan_conditions import encode_pictures
 from jdit.pipeline.wan_prompts import TEXT, WanPipeline, contexts, texts
 from jdit.sampling import guidance as guide
 from jdit.sampling import segments

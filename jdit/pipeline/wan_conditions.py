@@ -15,9 +15,9 @@ from jdit.nn.text.t5 import T5
 from jdit.nn.vae.autoencoder_kl_wan import AutoencoderKLWan
 from jdit.nn.vae.tiling import Tiles
 from jdit.nn.vision.clip import CLIPVision
+from jdit.pipeline.given import GivenFrames, Numbers, unit
 from jdit.structs import Text
 
-Numbers = Array | np.ndarray
 Pixels = UInt8[Array, "K H W 3"] | Float[Array, "K H W 3"]
 """Pictures, or floats in [-1, 1]."""
 
@@ -28,33 +28,18 @@ class Conditions(NamedTuple):
     Attributes:
         text: states of the prompts, [negative; positive] under guidance.
         tokens: of the pictures, first then last, where the transformer has an image embedding.
-        channels: laid beside those of the noise: mask and latents of the given frames, of one video or one an output.
-        first: latents of the first frame, which stays as it is while the others are denoised (5B); likewise.
+        frames: beside the noise, mask and latents of the given frames; or the first of them in its place (5B).
     """
 
     text: Float[Array, "P L J"]
     tokens: Float[Array, "1 I E"] | None = None
-    channels: Float[Array, "K S h w C"] | None = None
-    first: Float[Array, "K 1 h w C"] | None = None
-
-    def apply(self, x: Float[Array, "B S h w C"]) -> Float[Array, "B S h w D"]:
-        """What the transformer is given for the noisy latents x."""
-        x = self.keep_first(x)
-        return x if self.channels is None else jnp.concatenate([x, _rows(self.channels, len(x))], -1)
-
-    def keep_first(self, x: Float[Array, "B S h w C"]) -> Float[Array, "B S h w C"]:
-        return x if self.first is None else x.at[:, :1].set(_rows(self.first, len(x)).astype(x.dtype))
+    frames: GivenFrames = GivenFrames()
 
 
 def times(timesteps: Float[Numbers, "N"], frames: int | None) -> Float[Array, "N"] | Float[Array, "N 1 S"]:
     """The timestep of each step or, of so many latent frames, of each of them: the first one is given, at time 0."""
     timesteps = jnp.asarray(timesteps, jnp.float32)
     return timesteps if frames is None else timesteps[:, None, None] * (jnp.arange(frames) > 0)
-
-
-def _rows(a: Float[Array, "K ..."], rows: int) -> Float[Array, "B ..."]:
-    """One video's for all rows; or one an output, which serves the unconditional rows and the conditional ones."""
-    return jnp.concatenate([a] * (rows // len(a))) if len(a) > 1 else jnp.broadcast_to(a, (rows, *a.shape[1:]))
 
 
 def encode_text(encoder: T5, ids, lengths) -> Text:
@@ -91,11 +76,6 @@ def flags(given: Float[Array, "B T h w"], r: int) -> Float[Array, "B S h w r"]:
     times."""
     whole = jnp.concatenate([jnp.repeat(given[:, :1], r, 1), given[:, 1:]], 1)
     return jnp.moveaxis(whole.reshape(whole.shape[0], -1, r, *whole.shape[2:]), 2, -1)
-
-
-def unit(pixels: UInt8[Numbers, "*S"] | Float[Numbers, "*S"]) -> Float[Array, "*S"]:
-    """uint8 to [-1, 1]; floats are there already."""
-    return jnp.asarray(pixels if pixels.dtype != jnp.uint8 else pixels.astype(np.float32) / 127.5 - 1)
 
 
 def encode_video(vae: AutoencoderKLWan, video: Float[Array, "B T H W 3"], tiling: bool) -> Float[Array, "B S h w C"]:

@@ -57,8 +57,7 @@ class WanPipeline(base.Pipeline):
     @property
     def processor(self) -> ImageProcessor:
         """What brings a picture to the image encoder's form."""
-        config = self.parts.settings.get("image_processor")
-        return ImageProcessor() if config is None else ImageProcessor.from_config(config)
+        return ImageProcessor.of(self.parts.settings)
 
     def size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
         """The size of a run, checked.

@@ -23,7 +23,8 @@ from jdit.atomic import write_file
 from jdit.media import contact_sheet, write
 from jdit.nn.vision.clip import CLIPVisionConfig
 from jdit.nn.wan_animate_config import WanAnimateConfig
-from jdit.pipeline.wan_conditions import encode_video, flags, unit
+from jdit.pipeline.given import unit
+from jdit.pipeline.wan_conditions import encode_video, flags
 from jdit.preprocess import ImageProcessor
 from jdit.sharding import Rules, shard
 from jdit.train import clips

@@ -82,7 +82,7 @@ def test_arguments_are_refused_before_weights_are_read(folder, message, tmp_path
 
 
 MISFITS = {
-    "transformer takes 5 and gives 5 channels of latents, the vae has 4": dict(in_channels=5, out_channels=5),
+    "transformer takes 5 and gives 5 channels, but the vae has 4": dict(in_channels=5, out_channels=5),
     "image_condition_type='token_replace', this pipeline runs": dict(image_condition_type="token_replace"),
     "transformer reads states of width 20, but those of text_encoder have 24": dict(text_embed_dim=20),
     "transformer reads states of width 8, but those of text_encoder_2 have 20": dict(pooled_projection_dim=8),

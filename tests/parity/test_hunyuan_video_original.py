@@ -18,10 +18,11 @@ from jdit.sharding import dotted
 
 pytestmark = pytest.mark.torch
 
-PUBLISHED = {  # what differs between the releases: transformer/config.json
-    "HunyuanVideo": {},
-    "HunyuanVideo-I2V": dict(image_condition_type="token_replace"),
-    "HunyuanVideo-I2V, 33 channels": dict(
+PUBLISHED = {  # variant -> what differs between the releases: transformer/config.json
+    "hunyuan-video": {},
+    "fasthunyuan": {},
+    "hunyuan-video-i2v": dict(image_condition_type="token_replace"),
+    "hunyuan-video-i2v-33ch": dict(
         in_channels=33, image_condition_type="latent_concat", guidance_embeds=False
     ),
 }  # fmt: skip
@@ -48,8 +49,7 @@ def test_releases_at_full_size(release):
     with torch.device("meta"):
         model = HunyuanVideoTransformer3DModel(**published)
     assert sharding.count(component.make(cfg)) == sum(p.numel() for p in model.parameters())
-    if release == "HunyuanVideo":
-        assert all(zoo.VARIANTS[n].components["transformer"] == cfg for n in ("hunyuan-video", "fasthunyuan"))
+    assert zoo.VARIANTS[release].components["transformer"] == cfg
     batch = lambda *shape: jax.ShapeDtypeStruct((2, *shape), np.float32)
     x, inputs = batch(33, 90, 160, cfg.in_channels), (batch(), batch(256, 4096), batch(768))
     guidance = 6e3 if cfg.guidance else None

@@ -30,20 +30,23 @@ def llama_tokenizer(folder: Path, **how) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast.from_pretrained(llama3_folder(folder, text, **how))
 
 
-def encoders(folder: Path, original: bool = False) -> dict[str, Any]:
-    """Both encoders with their tokenizers, by upstream's names; `original` as files without config imply them."""
-    one, two = llama_tokenizer(folder / "t1"), clip_tokenizer(folder / "t2", "<|endoftext|>")
+def clip_text(folder: Path, original: bool = False) -> dict[str, Any]:
+    """CLIP with its tokenizer, by upstream's names; see `encoders`."""
+    two = clip_tokenizer(folder / "t2", "<|endoftext|>")
     clip = CLIPTextConfig(
         vocab_size=len(two), hidden_size=20, intermediate_size=24, num_hidden_layers=2,
         num_attention_heads=1 if original else 2, eos_token_id=two.eos_token_id, bos_token_id=two.bos_token_id,
         pad_token_id=two.pad_token_id,
     )  # fmt: skip
+    return dict(tokenizer_2=two, text_encoder_2=randomise(CLIPTextModel(clip), 4))
+
+
+def encoders(folder: Path, original: bool = False) -> dict[str, Any]:
+    """Both encoders with their tokenizers, by upstream's names; `original` as files without config imply them."""
+    one = llama_tokenizer(folder / "t1")
     heads = dict(head_dim=128, num_attention_heads=1, rope_parameters={"rope_theta": 5e5}) if original else {}
-    llama = LlamaConfig(vocab_size=len(one), **(LLAMA | heads))
-    return dict(
-        tokenizer=one, tokenizer_2=two, text_encoder=randomise(LlamaModel(llama), 3),
-        text_encoder_2=randomise(CLIPTextModel(clip), 4),
-    )  # fmt: skip
+    llama = randomise(LlamaModel(LlamaConfig(vocab_size=len(one), **(LLAMA | heads))), 3)
+    return dict(tokenizer=one, text_encoder=llama, **clip_text(folder, original))
 
 
 def vae(**kw) -> AutoencoderKLHunyuanVideo:

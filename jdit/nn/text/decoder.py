@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jdit.nn.context_parallel import attend_whole
 from jdit.nn.layers import GatedMlp, RMSNorm, fused_linear, linear, scan_blocks, stack
@@ -66,6 +66,8 @@ class DecoderConfig:
             raise ValueError(f"width={self.width} is not a multiple of heads={self.heads}, and head_dim is not given")
         if self.sections is not None and sum(self.sections) * 2 != self.head:
             raise ValueError(f"sections={self.sections} must add up to half of the head dim, {self.head // 2}")
+        if self.head_dim is not None and self.head_dim * self.heads == self.width:
+            object.__setattr__(self, "head_dim", None)  # said or not, it is the same architecture
         if self.scaling is not None:  # a plain tuple from a file
             object.__setattr__(self, "scaling", RopeScaling(*self.scaling))
 
@@ -78,6 +80,13 @@ class DecoderConfig:
     def axes(self) -> int:
         """Axes A of a token's position."""
         return 1 if self.sections is None else len(self.sections)
+
+
+LLAMA_3 = DecoderConfig(
+    vocab_size=128320, width=4096, mlp=14336, layers=32, heads=32, kv_heads=8, eps=1e-5, qkv_bias=False, theta=5e5,
+    sections=None,
+)  # fmt: skip
+"""Llama 3 8B with the tokens that LLaVA adds, as HunyuanVideo has it."""
 
 
 def frequencies(cfg: DecoderConfig) -> Float[np.ndarray, "K/2"]:
@@ -175,3 +184,13 @@ class Decoder(nnx.Module):
             return block(x, rope), jnp.where(layer == cfg.layers - skip, x, kept)
 
         return scan_blocks(self.blocks, (x, x), jnp.arange(cfg.layers), call=call)[1]
+
+
+def with_pictures(
+    x: Float[Array, "B N D"], is_picture: Bool[Array, "B N"], features: Float[Array, "_ M D"]
+) -> Float[Array, "B N D"]:
+    """Embeddings of prompts with those of their picture tokens replaced by the features of each prompt's pictures, or
+    of one prompt's for all, in order."""
+    nth = jnp.clip(jnp.cumsum(is_picture, 1) - 1, 0)
+    features = jnp.broadcast_to(features, (len(x), *features.shape[1:])).astype(x.dtype)
+    return jnp.where(is_picture[..., None], jnp.take_along_axis(features, nth[..., None], 1), x)

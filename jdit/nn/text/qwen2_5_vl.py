@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jdit.nn.text.decoder import Decoder, DecoderConfig
+from jdit.nn.text.decoder import Decoder, DecoderConfig, with_pictures
 from jdit.nn.vision.qwen2_5_vl import Qwen2_5Vision, Qwen2_5VisionConfig
 from jdit.sharding import Rules
 
@@ -109,10 +109,7 @@ class Qwen2_5VL(nnx.Module):
         if features is not None:
             if positions is None:
                 raise ValueError("prompts with pictures need `positions` (picture_positions makes them)")
-            is_picture = tokens == self.cfg.image_token_id
-            nth = jnp.clip(jnp.cumsum(is_picture, 1) - 1, 0)
-            features = jnp.broadcast_to(features, (len(tokens), *features.shape[1:])).astype(x.dtype)
-            x = jnp.where(is_picture[..., None], jnp.take_along_axis(features, nth[..., None], 1), x)
+            x = with_pictures(x, tokens == self.cfg.image_token_id, features)
         return self.language.states(x, positions, skip=skip)
 
     def padded(

@@ -1,4 +1,5 @@
-"""CLIP vision encoder (arXiv 2103.00020; transformers' models/clip/modeling_clip.py): the ViT-H/14 of Wan and its kin.
+"""CLIP vision encoder (arXiv 2103.00020; transformers' models/clip/modeling_clip.py): Wan's ViT-H/14, LLaVA's
+ViT-L/14 and their kin.
 
 B batch, Y X pixel rows and columns, C channels, N tokens (the class token, then patches in raster order), D width,
 P projection, L layers.
@@ -45,6 +46,10 @@ class CLIPVisionConfig(CLIPTowerConfig):
     @property
     def tokens(self) -> int:
         return (self.image_size // self.patch) ** 2 + 1
+
+
+CLIP_L_336 = CLIPVisionConfig(width=1024, mlp=4096, layers=24, act="quick_gelu", image_size=336)
+"""CLIP's ViT-L/14 for pictures of 336 pixels, as LLaVA has it."""
 
 
 class CLIPVisionOutput(NamedTuple):
