@@ -42,7 +42,8 @@ class Rules:
 
     A dimension need not divide. Tokens (seq) are spread nevertheless where there are at least as many as devices, the
     last devices having fewer or none. Every other dimension of an activation or a parameter then stays whole on the
-    mesh axis that it does not divide by, which is logged once.
+    mesh axis that it does not divide by, as pixel rows do where a device would have less than two (`LEAST_ROWS`); which
+    is logged once.
 
     Presets, which `Rules.named` and the command line know by name: `tensor` (as it stands), `replicated`, `fsdp`.
     """
@@ -178,13 +179,19 @@ def planned_mesh(*, data: int = 1, sequence: int = 1, tensor: int = 1) -> Abstra
 AnyMesh = Mesh | AbstractMesh
 
 
+LEAST_ROWS = 2
+"""Rows of an activation on a device. With one row each, and a second mesh axis beside it, XLA's partitioner gets a
+convolution whose edge rows are repeated wrong (jax 0.10.2 on CPUs: errors of the size of the result)."""
+
+
 def _ways(axes: tuple[str, ...], sizes: dict[str, int]) -> int:
     return math.prod(sizes.get(a, 1) for a in axes)
 
 
 @functools.lru_cache(maxsize=256)
 def _log_whole(name: str | None, size: int, axis: str, ways: int):
-    log.info("sharding: %s of %d does not divide by mesh axis %s=%d and stays whole on it", name, size, axis, ways)
+    why = "does not divide by" if size % ways else "is too little for"
+    log.info("sharding: %s of %d %s mesh axis %s=%d and stays whole on it", name, size, why, axis, ways)
 
 
 def _fit(
@@ -200,9 +207,11 @@ def _fit(
     for dim, entry, name in zip(shape, spec, (None,) * (len(shape) - len(names)) + names):
         axes = (entry,) if isinstance(entry, str) else tuple(entry or ())
         anyway = name in uneven and dim >= _ways(axes, sizes)
+        least = LEAST_ROWS if name == "rows" else 1
         kept: tuple[str, ...] = ()
         for a in axes:
-            if anyway or dim % _ways((*kept, a), sizes) == 0:
+            ways = _ways((*kept, a), sizes)
+            if anyway or (dim % ways == 0 and (ways == 1 or dim >= least * ways)):
                 kept = *kept, a
             else:
                 _log_whole(name, dim, a, sizes[a])

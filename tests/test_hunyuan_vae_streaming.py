@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 from util_random import randomised
 
+from jdit import sharding
 from jdit.nn.vae import causal
 from jdit.nn.vae.autoencoder_kl_hunyuan_video import AutoencoderKLHunyuanVideo, CausalAttentionBlock
 from jdit.nn.vae.autoencoder_kl_hunyuan_video_config import AutoencoderKLHunyuanVideoConfig
@@ -76,6 +77,15 @@ def test_memory_does_not_grow_with_the_length(method):
         sizes.append(memory.temp_size_in_bytes)
     assert sizes[0] > 1e5
     assert sizes[1] < 1.1 * sizes[0]
+
+
+def test_few_rows_on_a_mesh(vae):
+    """Of 8 pixel rows two latent ones are made, for two devices: they are not spread (see `sharding.LEAST_ROWS`)."""
+    x, mesh = X[:, :1, :8], sharding.make_mesh(data=2, sequence=2, tensor=2)
+    want = np.asarray(encode(vae, x))
+    with jax.set_mesh(mesh):
+        got = np.asarray(encode(jax.device_put(vae, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())), x))
+    assert error(got, want) < 1e-5
 
 
 def test_attention_sees_no_later_frame():
