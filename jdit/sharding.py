@@ -6,6 +6,8 @@ module config and is therefore part of every jit key.
 """
 
 import dataclasses
+import functools
+import logging
 import math
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
@@ -16,7 +18,10 @@ from flax.typing import PathParts
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+log = logging.getLogger("jdit")
+
 MESH_AXES = ("data", "sequence", "tensor")
+EXCHANGES = ("auto", "ulysses", "ring", "ulysses_ring")
 MeshAxis = str | tuple[str, ...] | None
 Path = PathParts
 
@@ -27,8 +32,15 @@ class Rules:
 
     batch, seq, rows, width: activations (rows: the pixel rows of an autoencoder). embed, heads, mlp, vocab: parameters
     and the activations that they make; embed is the model width of parameters alone, so that weights may be spread over
-    the axes that activations have their batch on (FSDP). attn: the heads of an attention call, where the sequence is
-    whole again (Ulysses).
+    the axes that activations have their batch on (FSDP). attn: the heads of an attention call on whole sequences (text
+    encoders).
+
+    exchange is no axis: how attention among tokens that are spread over `seq` comes by all of them, "ulysses", "ring",
+    "ulysses_ring", or "auto", which chooses (`jdit.nn.context_parallel`).
+
+    A dimension need not divide. Tokens (seq) are spread nevertheless where there are at least as many as devices, the
+    last devices having fewer or none. Every other dimension of an activation or a parameter then stays whole on the
+    mesh axis that it does not divide by, which is logged once.
     """
 
     batch: MeshAxis = "data"
@@ -40,6 +52,27 @@ class Rules:
     mlp: MeshAxis = "tensor"
     vocab: MeshAxis = None
     attn: MeshAxis = ("tensor", "sequence")
+    exchange: str = "auto"
+
+    def __post_init__(self):
+        if self.exchange not in EXCHANGES:
+            raise ValueError(f"exchange={self.exchange!r}; there are {', '.join(EXCHANGES)}")
+
+    def axes(self, name: str) -> tuple[str, ...]:
+        """The mesh axes of a logical axis.
+
+        Raises:
+            ValueError: a name that is no logical axis.
+        """
+        names = [f.name for f in dataclasses.fields(self) if f.name != "exchange"]
+        if name not in names:
+            raise ValueError(f"{name!r} is not a logical axis; there are {names}")
+        target = getattr(self, name)
+        return (target,) if isinstance(target, str) else tuple(target or ())
+
+    def ways(self, name: str) -> int:
+        """Over how many devices of the mesh that is set a logical axis is spread; 1 where none is."""
+        return _ways(self.axes(name), dict(jax.sharding.get_abstract_mesh().shape))
 
     def spec(self, axes: tuple[str | None, ...], ndim: int | None = None) -> P:
         """PartitionSpec of right-aligned logical axes.
@@ -53,18 +86,13 @@ class Rules:
             if name is None:
                 entries.append(None)
                 continue
-            if name not in {f.name for f in dataclasses.fields(self)}:
-                raise ValueError(
-                    f"{name!r} is not a logical axis; there are {[f.name for f in dataclasses.fields(self)]}"
-                )
-            target = getattr(self, name)
-            for mesh_axis in (target,) if isinstance(target, str) else target or ():
+            for mesh_axis in self.axes(name):
                 if mesh_axis in used:
                     raise ValueError(
                         f"logical axes {used[mesh_axis]!r} and {name!r} are both on mesh axis {mesh_axis!r}"
                     )
                 used[mesh_axis] = name
-            entries.append(target)
+            entries.append(getattr(self, name))
         return P(*entries)
 
 
@@ -79,18 +107,35 @@ def make_mesh(*, data: int = 1, sequence: int = 1, tensor: int = 1) -> Mesh:
     return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:need])
 
 
-def _fit(spec: P, shape: tuple[int, ...], sizes: dict[str, int]) -> P:
-    """Drop mesh axes that a dimension does not divide by: such a dimension stays replicated."""
+def _ways(axes: tuple[str, ...], sizes: dict[str, int]) -> int:
+    return math.prod(sizes.get(a, 1) for a in axes)
+
+
+@functools.lru_cache(maxsize=256)
+def _log_whole(name: str | None, size: int, axis: str, ways: int):
+    log.info("sharding: %s of %d does not divide by mesh axis %s=%d and stays whole on it", name, size, axis, ways)
+
+
+def _fit(
+    rules: Rules, names: tuple[str | None, ...], shape: tuple[int, ...], sizes: dict[str, int], uneven: Collection[str]
+) -> P:
+    """PartitionSpec of right-aligned logical axes as `Rules` describes it for dimensions that do not divide.
+
+    Args:
+        sizes: of the mesh axes. uneven: logical axes that are spread although they do not divide.
+    """
+    spec = rules.spec(names, len(shape))
     out = []
-    for dim, entry in zip(shape, tuple(spec) + (None,) * (len(shape) - len(spec))):
+    for dim, entry, name in zip(shape, spec, (None,) * (len(shape) - len(names)) + names):
         axes = (entry,) if isinstance(entry, str) else tuple(entry or ())
-        kept: list[str] = []
-        ways = 1
+        anyway = name in uneven and dim >= _ways(axes, sizes)
+        kept: tuple[str, ...] = ()
         for a in axes:
-            if dim % (ways * sizes.get(a, 1)) == 0:
-                kept.append(a)
-                ways *= sizes.get(a, 1)
-        out.append(None if not kept else kept[0] if len(kept) == 1 else tuple(kept))
+            if anyway or dim % _ways((*kept, a), sizes) == 0:
+                kept = *kept, a
+            else:
+                _log_whole(name, dim, a, sizes[a])
+        out.append(None if not kept else kept[0] if len(kept) == 1 else kept)
     return P(*out)
 
 
@@ -99,12 +144,13 @@ def shard(x: jax.Array, *axes: str | None, rules: Rules) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    return jax.lax.with_sharding_constraint(x, _fit(rules.spec(axes, x.ndim), x.shape, dict(mesh.shape)))
+    uneven = ("seq",) if isinstance(x, jax.core.Tracer) else ()  # arrays of unequal slices exist inside programs alone
+    return jax.lax.with_sharding_constraint(x, _fit(rules, axes, x.shape, dict(mesh.shape), uneven))
 
 
 def param_sharding(var: nnx.Variable, shape: tuple[int, ...], mesh: Mesh, rules: Rules) -> NamedSharding:
     axes = var.get_metadata().get("axes", ())
-    return NamedSharding(mesh, _fit(rules.spec(axes, len(shape)), shape, dict(mesh.shape)))
+    return NamedSharding(mesh, _fit(rules, axes, shape, dict(mesh.shape), ()))
 
 
 def abstract(make: Callable[[], nnx.Module], mesh: Mesh | None = None, rules: Rules | None = None):

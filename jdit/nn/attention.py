@@ -1,7 +1,8 @@
 """Scaled dot-product attention with a backend switch.
 
 B batch, N query tokens, S key tokens, H heads, K head dim. Backends are tried in order; each may decline with
-NotImplementedError (the shape of tokamax's switch). The first choice for a set of shapes is logged once.
+NotImplementedError (the shape of tokamax's switch). The first choice for a set of shapes is logged once. On a mesh it is
+called by `jdit.nn.context_parallel`.
 """
 
 import functools
@@ -13,7 +14,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jdit.nn.splash import splash
-from jdit.sharding import Rules, shard
 from jdit.target import target
 
 log = logging.getLogger("jdit")
@@ -134,22 +134,6 @@ def attention(
         _log_choice(name, q.shape, k.shape, str(q.dtype))
         return out[..., :head_dim]
     raise NotImplementedError(f"no attention backend takes queries {q.shape} {q.dtype}: " + "; ".join(reasons))
-
-
-def attend(
-    q: Float[Array, "B N H K"],
-    k: Float[Array, "B S H K"],
-    v: Float[Array, "B S H K"],
-    *,
-    rules: Rules,
-    kv_lengths: Lengths = None,
-    key_counts: Float[Array, "S"] | None = None,
-    causal: bool = False,
-) -> Float[Array, "B N D"]:
-    """`attention` with whole sequences and the heads spread (Ulysses); the heads come back side by side."""
-    q, k, v = (shard(a, "batch", None, "attn", None, rules=rules) for a in (q, k, v))
-    out = attention(q, k, v, kv_lengths=kv_lengths, key_counts=key_counts, causal=causal)
-    return out.reshape(*q.shape[:2], -1)
 
 
 def _count_keys(q, k, v, counts):

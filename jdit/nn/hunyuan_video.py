@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jdit.nn import layers
-from jdit.nn.attention import attend
+from jdit.nn.context_parallel import attend
 from jdit.nn.joint import JointBlock, SelfAttention, gated_add, modulation_rows, of_tokens
 from jdit.nn.patch import patch_grid, patchify_3d, unpatchify_3d
 from jdit.nn.rope import Rope, apply_rope, grid_rope

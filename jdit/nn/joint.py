@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jdit.nn import layers
-from jdit.nn.attention import attend
+from jdit.nn.context_parallel import attend, attend_parts
 from jdit.nn.rope import Rope, apply_rope
 from jdit.sharding import Rules, shard
 
@@ -119,14 +119,9 @@ class JointBlock(nnx.Module):
             context = self.context.attn.project(layers.modulate_rows(c, mc[0], mc[1]))
             if self.last:  # nobody reads the context's output
                 context[0] = context[0][:, :0]
-            # norms carry the joining of q and k along, v comes as it is
-            joins = (_join if cfg.qk_norm is None else _concatenate,) * 2 + (_join,)
-            q, k, v = (join(*pair) for join, *pair in zip(joins, image, context))
-            if rope is not None:
-                q, k = apply_rope(q, rope), apply_rope(k, rope)
-            joint = attend(q, k, v, rules=cfg.rules, kv_lengths=kv_lengths, key_counts=key_counts)
+            seen = self._attend(image, context, rope, kv_lengths=kv_lengths, key_counts=key_counts)
         before = x
-        x = gated_add(x, self.image.attn.merge(joint[:, :n]), mx[2])
+        x = gated_add(x, self.image.attn.merge(seen[0]), mx[2])
         if self.attn2 is not None:
             with jax.named_scope("dual_attention"):
                 second = attend(*self.attn2.project(layers.modulate_rows(before, mx[6], mx[7])), rules=cfg.rules)
@@ -134,8 +129,21 @@ class JointBlock(nnx.Module):
         with jax.named_scope("mlp"):
             x = self.image.feed_forward(x, *mx[3:6])
             if not self.last:
-                c = self.context.feed_forward(gated_add(c, self.context.attn.merge(joint[:, n:]), mc[2]), *mc[3:6])
+                c = self.context.feed_forward(gated_add(c, self.context.attn.merge(seen[1]), mc[2]), *mc[3:6])
         return shard(x, "batch", "seq", "width", rules=cfg.rules), shard(c, "batch", "seq", "width", rules=cfg.rules)
+
+    def _attend(self, image: list, context: list, rope: Rope | None, **kw) -> list[Float[Array, "B N_or_L D"]]:
+        """Attention of both streams' queries, keys and values; the results apart."""
+        n, turn = image[1].shape[1], lambda a, rope: a if rope is None else apply_rope(a, rope)
+        if self.cfg.rules.ways("seq") > 1:  # each device has a slice of either stream: joining would move them
+            ropes = (None, None) if rope is None else _cut(rope, n, self.cfg.rules)
+            parts = [(turn(q, r), turn(k, r), v) for (q, k, v), r in zip((image, context), ropes)]
+            return attend_parts(parts, rules=self.cfg.rules, **kw)
+        # norms carry the joining of q and k along, v comes as it is
+        joins = (_join if self.cfg.qk_norm is None else _concatenate,) * 2 + (_join,)
+        q, k, v = (join(*pair) for join, *pair in zip(joins, image, context))
+        joint = attend(turn(q, rope), turn(k, rope), v, rules=self.cfg.rules, **kw)
+        return [joint[:, :n], joint[:, n:]]
 
 
 def of_tokens(rows: Float[Array, "B M n D"], tokens: int, first: int = 0) -> list[Float[Array, "B N_or_1 D"]]:
@@ -152,6 +160,13 @@ def modulation_rows(blocks, stream: Callable[[Any], Any], emb: Float[Array, "*S 
     Layer by layer: all layers' products at once would hold every float32 result and kernel copy together.
     """
     return jax.lax.map(lambda block: layers.dense32(stream(block).mod, emb), blocks)
+
+
+def _cut(rope: Rope, n: int, rules: Rules) -> tuple[Rope, Rope]:
+    """The table of the first `n` tokens and that of the others, whole on each device: cut where it is spread, its rows
+    would have to move."""
+    whole = lambda a: shard(a, None, None, rules=rules)
+    return tuple(Rope(*(whole(whole(a)[..., part, :]) for a in rope)) for part in (slice(n), slice(n, None)))
 
 
 def _concatenate(image, context):

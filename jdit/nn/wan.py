@@ -6,6 +6,7 @@ attends to itself with rotary positions, then to text (and a picture's tokens) w
 """
 
 import dataclasses
+import functools
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jdit.nn import layers
-from jdit.nn.attention import attend
+from jdit.nn.context_parallel import attend
 from jdit.nn.patch import patch_grid, patchify_3d, unpatchify_3d
 from jdit.nn.rope import Rope, apply_rope, grid_rope
 from jdit.sharding import Rules, shard
@@ -132,7 +133,7 @@ class CrossAttention(nnx.Module):
         def project(dense, norm, states) -> KeysValues:
             kv = dense(states)
             pair = _split(self.cfg, norm(kv[:, :, 0])), _split(self.cfg, kv[:, :, 1])
-            k, v = (shard(a, "batch", None, "attn", None, rules=self.cfg.rules) for a in pair)
+            k, v = (shard(a, "batch", None, "heads", None, rules=self.cfg.rules) for a in pair)
             return k, v
 
         picture = None if image is None else project(self.image_kv, self.norm_image_k, image)
@@ -140,8 +141,9 @@ class CrossAttention(nnx.Module):
 
     def __call__(self, x: Float[Array, "B N D"], context: Context) -> Float[Array, "B N D"]:
         q = _split(self.cfg, self.norm_q(self.q(x)))
-        out = attend(q, *context.text, rules=self.cfg.rules, key_counts=context.counts)
-        return self.out(out if context.image is None else out + attend(q, *context.image, rules=self.cfg.rules))
+        seen = functools.partial(attend, q, rules=self.cfg.rules, whole_keys=True)
+        out = seen(*context.text, key_counts=context.counts)
+        return self.out(out if context.image is None else out + seen(*context.image))
 
 
 class WanBlock(nnx.Module):

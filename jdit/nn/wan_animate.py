@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jdit.nn import layers
-from jdit.nn.attention import attend
+from jdit.nn.context_parallel import attend_whole
 from jdit.nn.motion import FaceEncoder, MotionEncoder
 from jdit.nn.patch import patch_grid, patchify_3d
 from jdit.nn.wan import Context, Modulation, WanTrunk
@@ -51,7 +51,7 @@ class FaceAdapter(nnx.Module):
         q = self.norm_q(rearrange(self.q(self._norm(x)), "b n (h k) -> b n h k", h=self.cfg.heads))
         q = shard(q, "batch", None, "attn", None, rules=rules)  # whole again: frames end where no shard does
         q = rearrange(q, "b (t n) h k -> (b t) n h k", t=frames)
-        out = attend(q, *(rearrange(a, "b t n h k -> (b t) n h k") for a in face), rules=rules)
+        out = attend_whole(q, *(rearrange(a, "b t n h k -> (b t) n h k") for a in face), rules=rules)
         return self.out(rearrange(out, "(b t) n d -> b (t n) d", t=frames))
 
     def _norm(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:

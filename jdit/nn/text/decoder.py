@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jdit.nn.attention import attend
+from jdit.nn.context_parallel import attend_whole
 from jdit.nn.layers import GatedMlp, RMSNorm, fused_linear, linear, scan_blocks, stack
 from jdit.nn.rope import Rope, apply_rope, rope_at
 from jdit.nn.text.activations import ACTIVATIONS, check_activation
@@ -119,7 +119,7 @@ class DecoderBlock(nnx.Module):
             kv = self.kv(y).reshape(b, n, 2, cfg.kv_heads, cfg.head)
             k = apply_rope(kv[:, :, 0], rope, "halves")
             k, v = (jnp.repeat(a, cfg.heads // cfg.kv_heads, axis=2) for a in (k, kv[:, :, 1]))
-            x = x + self.out(attend(q, k, v, rules=cfg.rules, causal=True))
+            x = x + self.out(attend_whole(q, k, v, rules=cfg.rules, causal=True))
         with jax.named_scope("mlp"):
             x = x + self.mlp(self.norm2(x))
         return shard(x, "batch", None, "width", rules=cfg.rules)

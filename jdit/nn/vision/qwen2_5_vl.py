@@ -16,7 +16,7 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jdit.nn.attention import attend
+from jdit.nn.context_parallel import attend_whole
 from jdit.nn.layers import GatedMlp, Mlp, RMSNorm, fused_linear, gelu, linear, scan_blocks, stack
 from jdit.nn.rope import Rope, apply_rope, rope_at
 from jdit.nn.text.activations import ACTIVATIONS, check_activation
@@ -154,7 +154,7 @@ class VisionBlock(nnx.Module):
         count, longest = s.index.shape
         q, k, v = (a[:, s.index.reshape(-1)].reshape(b * count, longest, h, dims) for a in (q, k, v))
         lengths = None if (s.lengths == longest).all() else jnp.tile(jnp.asarray(s.lengths), b)
-        out = attend(q, k, v, rules=self.cfg.rules, kv_lengths=lengths)
+        out = attend_whole(q, k, v, rules=self.cfg.rules, kv_lengths=lengths)
         return out.reshape(b, count * longest, h * dims)[:, s.place]
 
 
