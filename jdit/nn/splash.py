@@ -19,6 +19,8 @@ LANES = 128
 """Tokens of a block, and head dims over 64, are padded to multiples of it."""
 SHORTEST = 128
 """Below as many tokens plain products are as fast."""
+STEP = 512
+"""Blocks of long sequences are multiples of it, so that their parts are large."""
 BACKWARD = 512
 """The longest block of the gradients' kernel."""
 
@@ -67,7 +69,7 @@ def splash(
         raise NotImplementedError(f"below {SHORTEST} tokens ({q.shape[1]} x {k.shape[1]}) plain products are as fast")
     run = functools.partial(kernel, causal=causal, blocks=BLOCKS.get(chip.kind, OTHERS))
     mesh = jax.sharding.get_abstract_mesh()
-    free = {a: n for a, n in mesh.shape.items() if n > 1 and a not in mesh.manual_axes}
+    free = {a: n for a, n in mesh.shape.items() if a not in mesh.manual_axes}  # those of one device, too
     if not free:
         return run(q, k, v, lengths)
     batch, tokens, heads = _spread(q.shape, free, causal)
@@ -92,7 +94,9 @@ def kernel(
     interpret: bool = False,
 ) -> Float[Array, "B N H K"]:
     """The padded call on one device; `interpret` runs the kernel's steps as plain operations, on any device."""
-    from jax.experimental.pallas.ops.tpu import splash_attention as library  # 1 s, and only TPUs need it
+    # imported here: it takes a second, and only TPUs need it
+    from jax.experimental.pallas.ops.tpu import splash_attention as library
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as info
 
     (_, n, heads, d), s = q.shape, k.shape[1]
     wide = d if d <= 64 else -(-d // LANES) * LANES
@@ -105,14 +109,19 @@ def kernel(
     ready = lambda x, block: jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, -x.shape[1] % block), (0, wide - d)))
     q, k, v = ready(q, block_q), ready(k, block_kv), ready(v, block_kv)
     shape = q.shape[2], k.shape[2]
-    mask = library.CausalMask(shape) if causal else library.FullMask(shape)
-    sizes: dict[str, Any] = dict(
+    backward: dict[str, Any] = dict(
         block_q_dkv=_part(block_q, BACKWARD), block_kv_dkv=_part(block_kv, BACKWARD), use_fused_bwd_kernel=True
     )
-    run: Any = library.make_splash_mha_single_device(
-        library.MultiHeadMask([mask] * heads), interpret=interpret,
-        block_sizes=library.BlockSizes(block_q=block_q, block_kv=block_kv, block_kv_compute=products, **sizes),
+    make = functools.partial(
+        library.make_splash_mha_single_device, interpret=interpret,
+        block_sizes=library.BlockSizes(block_q=block_q, block_kv=block_kv, block_kv_compute=products, **backward),
     )  # fmt: skip
+    if causal:
+        run: Any = make(library.MultiHeadMask([library.CausalMask(shape)] * heads))
+    else:  # no map of blocks, which takes the host minutes to make at 100,000 tokens and is all ones: that of one block
+        one = make(library.MultiHeadMask([library.FullMask((block_q, block_kv))] * heads))
+        nothing = info.MaskInfo(None, None, None, None, None)
+        run = type(one)(nothing, None, nothing, **one.kwargs)
     if lengths is None and shape[1] == s:
         return jax.vmap(run)(q, k, v).swapaxes(1, 2)[:, :n, :, :d]
     seen = jnp.arange(shape[1]) < (jnp.minimum(lengths, s)[:, None] if lengths is not None else s)
@@ -123,17 +132,19 @@ def kernel(
 
 
 def _block(tokens: int, most: int) -> int:
-    """The block, between `most` and half of it, that pads so many tokens least; the largest of those."""
-    whole = -(-tokens // LANES) * LANES
-    if whole <= most:
-        return whole
-    sizes = range(max(most // 2 // LANES, 1) * LANES, most + 1, LANES)
-    return min(sizes, key=lambda size: (-(-tokens // size) * size, -size))
+    """The block, a multiple of `STEP` between `most` and half of it, that serves so many tokens with the least work, if
+    each takes that of 64 tokens more (a guess, which decides where padding is about equal). Fewer tokens are one block.
+    """
+    if tokens <= most:
+        return -(-tokens // LANES) * LANES
+    step = min(STEP, most)
+    sizes = range(max(most // 2 // step, 1) * step, most + 1, step)
+    return min(sizes, key=lambda size: -(-tokens // size) * (size + 64))
 
 
 def _part(block: int, most: int) -> int:
     """The largest part of a block, a multiple of `LANES`, that divides it."""
-    return max(size for size in range(LANES, most + 1, LANES) if block % size == 0)
+    return block if block <= most else max(size for size in range(LANES, most + 1, LANES) if block % size == 0)
 
 
 def _spread(shape: tuple[int, ...], free: dict[str, int], causal: bool) -> tuple[tuple[str, ...], ...]:
