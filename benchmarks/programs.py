@@ -35,7 +35,7 @@ class Program(NamedTuple):
 
     def abstract(self, mesh: Mesh | jax.sharding.AbstractMesh | None = None, rules: sharding.Rules | None = None):
         """Arguments of `whole`: the module and arrays of shapes alone, placed where there is a mesh."""
-        graphdef, leaves = sharding.abstract(self.make, mesh, rules)
+        _, leaves = sharding.abstract(self.make, mesh, rules)
         module = sharding.assemble(self.make, leaves)  # pyright: ignore[reportArgumentType]
         return module, *(placed(a, mesh) for a in (self.x, *self.given))
 
