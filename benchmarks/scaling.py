@@ -171,7 +171,7 @@ def elements(shapes: tuple[str, ...]) -> int:
 
 
 def collective_time(chip: Chip, kind: str, size: float, group: int, ways: int) -> float:
-    """Seconds of one collective with a result of `size` bytes on a device, in neighbouring groups of a mesh of `ways`."""
+    """Seconds of one collective whose result has `size` bytes, in groups of neighbours of a mesh of `ways`."""
     if kind == "collective-permute":
         crosses = chip.torus is None and ways > chip.host
         return chip.late + size / (chip.far if crosses else chip.near)
