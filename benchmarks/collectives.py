@@ -1,8 +1,8 @@
 """The collectives of a compiled program: which, how large, among how many devices, how often.
 
-    compiled = jax.jit(fn).lower(*args).compile()
-    for c in collectives(compiled.as_text()):
-        print(c.kind, c.bytes, c.devices, c.times)
+compiled = jax.jit(fn).lower(*args).compile()
+for c in collectives(compiled.as_text()):
+    print(c.kind, c.bytes, c.devices, c.times)
 """
 
 import collections

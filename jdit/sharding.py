@@ -15,6 +15,7 @@ from typing import Any
 import jax
 from flax import nnx
 from flax.typing import PathParts
+from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -144,7 +145,7 @@ def shard(x: jax.Array, *axes: str | None, rules: Rules) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    uneven = ("seq",) if isinstance(x, jax.core.Tracer) else ()  # arrays of unequal slices exist inside programs alone
+    uneven = ("seq",) if isinstance(x, Tracer) else ()  # arrays of unequal slices exist inside programs alone
     return jax.lax.with_sharding_constraint(x, _fit(rules, axes, x.shape, dict(mesh.shape), uneven))
 
 

@@ -7,12 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jdit import sharding
 from jdit.nn.mmdit import MMDiT, MMDiTConfig
 from jdit.nn.text.clip import CLIPText, CLIPTextConfig
 from jdit.nn.text.t5 import T5, T5Config
+from jdit.pipeline.executor import Stage, Weights, run
 from jdit.sharding import Rules, make_mesh
 
 CFG = MMDiTConfig(
@@ -96,8 +98,32 @@ def test_mesh_that_cannot_be_had():
         make_mesh(data=16)
 
 
-def test_dimension_that_does_not_divide_stays_whole():
-    mesh = make_mesh(sequence=8)
-    with jax.set_mesh(mesh):
-        out = jax.jit(lambda x: sharding.shard(x, "batch", "seq", "width", rules=Rules()))(jnp.ones((2, 13, 4)))
-    np.testing.assert_array_equal(out, np.ones((2, 13, 4)))
+@pytest.mark.parametrize("tokens, axis, ways", [(16, "seq", 8), (13, "seq", 8), (5, "seq", 1), (13, "rows", 1)])
+def test_dimensions_that_do_not_divide(tokens, axis, ways, caplog):
+    """Tokens are spread nevertheless if there are as many as devices; the rest stays whole, which is logged once."""
+    sharding._log_whole.cache_clear()
+    seen, x = [], np.random.default_rng(0).normal(size=(2, tokens, 4)).astype(np.float32)
+
+    def program(x):
+        y = sharding.shard(jnp.sin(x), "batch", axis, "width", rules=Rules())
+        jax.debug.inspect_array_sharding(y, callback=seen.append)
+        return sharding.shard(y, "batch", axis, "width", rules=Rules())
+
+    with caplog.at_level("INFO", "jdit"), jax.set_mesh(mesh := make_mesh(sequence=8)):
+        np.testing.assert_allclose(jax.jit(program)(x), np.sin(x), rtol=1e-5, atol=1e-6)
+    spread = NamedSharding(mesh, P(None, "sequence" if ways > 1 else None, None))
+    assert seen[0].is_equivalent_to(spread, 3)
+    said = [f"sharding: {axis} of {tokens} does not divide by mesh axis sequence=8 and stays whole on it"]
+    assert [r.message for r in caplog.records] == (said if ways == 1 else [])
+
+
+def test_stages_hand_on_tokens_that_do_not_divide():
+    """Arrays between programs cannot be spread unevenly: JAX gathers them, and no stage need know."""
+    spread = lambda x: sharding.shard(x, "batch", "seq", "width", rules=Rules())
+    first = Stage("first", lambda x: spread(jnp.sin(x)), reads=("x",), writes=("y",))
+    second = Stage("second", lambda y: (spread(y * 2), spread(y).sum(1)), reads=("y",), writes=("z", "sum"))
+    x = np.random.default_rng(0).normal(size=(2, 13, 4)).astype(np.float32)
+    with jax.set_mesh(make_mesh(sequence=8)):
+        values, _ = run([first, second], Weights({}), {"x": x})
+    np.testing.assert_allclose(values["z"], 2 * np.sin(x), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(values["sum"], np.sin(x).sum(1), rtol=1e-5, atol=1e-5)

@@ -1,8 +1,8 @@
 """Scaled dot-product attention with a backend switch.
 
 B batch, N query tokens, S key tokens, H heads, K head dim. Backends are tried in order; each may decline with
-NotImplementedError (the shape of tokamax's switch). The first choice for a set of shapes is logged once. On a mesh it is
-called by `jdit.nn.context_parallel`.
+NotImplementedError (the shape of tokamax's switch). The first choice for a set of shapes is logged once. Networks call
+it through `jdit.nn.context_parallel`, which knows of meshes.
 """
 
 import functools

@@ -1,8 +1,8 @@
 """Attention to some of the keys, with what is needed to merge it with attention to the others.
 
 B batch, N query tokens, S key tokens, H heads, K head dim. The log-sum-exp of a query's scores is float32 whatever the
-compute dtype: cuDNN gives it back in bfloat16, whose steps of 2^-8 at a typical 8 would put errors of 3% into the weights
-that merge two parts.
+compute dtype: cuDNN gives it back in bfloat16, whose steps between 8 and 16 are 1/16, which is 3% in the weights that
+merge two parts.
 """
 
 import jax

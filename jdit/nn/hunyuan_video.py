@@ -174,7 +174,7 @@ class SingleBlock(nnx.Module):
             q, k = apply_rope(q, rope), apply_rope(k, rope)
             seen = attend(q, k, v, rules=self.cfg.rules, kv_lengths=kv_lengths)
         with jax.named_scope("mlp"):
-            # attention's output in the place of v: a selection, where a concatenation is slow on GPUs (joint._join)
+            # attention's output in the place of v: a selection, where a concatenation is slow on GPUs (exchange.joined)
             is_seen = np.arange(1 + self.cfg.mlp_ratio)[:, None] == 0
             both = jnp.where(is_seen, seen[:, :, None], layers.gelu_tanh(parts[:, :, 2:]))
             h = gated_add(h, self.out(both), gate)

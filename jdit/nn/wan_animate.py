@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jdit.nn import layers
-from jdit.nn.context_parallel import attend_whole
+from jdit.nn.context_parallel import attend_frames
 from jdit.nn.motion import FaceEncoder, MotionEncoder
 from jdit.nn.patch import patch_grid, patchify_3d
 from jdit.nn.wan import Context, Modulation, WanTrunk
@@ -43,16 +43,12 @@ class FaceAdapter(nnx.Module):
     def keys(self, face: Float[Array, "B T n D"]) -> Face:
         """Keys and values of face tokens."""
         kv = rearrange(self.kv(self._norm(face)), "b t n two (h k) -> two b t n h k", h=self.cfg.heads)
-        k, v = (shard(a, "batch", None, None, "attn", None, rules=self.cfg.rules) for a in (self.norm_k(kv[0]), kv[1]))
+        k, v = (shard(a, "batch", None, None, "heads", None, rules=self.cfg.rules) for a in (self.norm_k(kv[0]), kv[1]))
         return k, v
 
     def __call__(self, x: Float[Array, "B N D"], face: Face) -> Float[Array, "B N D"]:
-        rules, frames = self.cfg.rules, face[0].shape[1]
         q = self.norm_q(rearrange(self.q(self._norm(x)), "b n (h k) -> b n h k", h=self.cfg.heads))
-        q = shard(q, "batch", None, "attn", None, rules=rules)  # whole again: frames end where no shard does
-        q = rearrange(q, "b (t n) h k -> (b t) n h k", t=frames)
-        out = attend_whole(q, *(rearrange(a, "b t n h k -> (b t) n h k") for a in face), rules=rules)
-        return self.out(rearrange(out, "(b t) n d -> b (t n) d", t=frames))
+        return self.out(attend_frames(q, *face, rules=self.cfg.rules))
 
     def _norm(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         return layers.layer_norm(x, self.cfg.eps).astype(x.dtype)

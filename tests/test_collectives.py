@@ -1,0 +1,205 @@
+"""What one block of a network sends when its tokens are spread, and how its activations are laid out: read from the
+compiled programs."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from benchmarks.collectives import Collective, collectives, counts
+from jdit import sharding
+from jdit.nn import context_parallel, hunyuan_video, joint, layers, wan
+from jdit.nn.cogvideox import CogVideoXBlock, CogVideoXConfig
+from jdit.nn.hunyuan_video import HunyuanVideoConfig, SingleBlock
+from jdit.nn.joint import JointBlock
+from jdit.nn.mmdit import MMDiTConfig
+from jdit.nn.rope import Rope
+from jdit.nn.wan import Context, WanBlock, WanConfig
+from jdit.nn.wan_animate import FaceAdapter
+from jdit.nn.wan_animate_config import WanAnimateConfig
+from jdit.sharding import Rules, make_mesh, shard
+
+B, HEADS, K = 2, 8, 8
+D = HEADS * K
+ODD, EVEN = (61, 13), (64, 16)  # tokens of picture or video, and of text
+
+
+def block_of(name, rules, tokens):
+    """(constructor, call(block, x, c, *rest) -> streams, shapes of `rest`) of a block."""
+    n, m = tokens
+    rope = lambda n: Rope((n, K // 2), (n, K // 2))
+    if name == "wan":
+        cfg = WanConfig(heads=HEADS, head_dim=K, mlp=4 * D, text_dim=16, rules=rules)
+        rest = (B, 1, 6, D), rope(n), (B, m, HEADS, K), (B, m, HEADS, K)
+        return lambda: WanBlock(cfg, rngs=nnx.Rngs(0)), lambda b, x, c, rows, rope, k, v: [
+            b(x, rows, rope, Context((k, v), None))
+        ], rest  # fmt: skip
+    if name in ("sd3", "sd3 dual"):
+        cfg, dual = MMDiTConfig(heads=HEADS, head_dim=K, qk_norm="rms_norm", rules=rules), name == "sd3 dual"
+        make = lambda: JointBlock(cfg, dual, rngs=nnx.Rngs(0))
+        return make, lambda b, x, c, mx, mc: b(x, c, mx, mc), ((B, 1, 9 if dual else 6, D), (B, 1, 6, D))
+    if name == "cogvideox":
+        cfg = CogVideoXConfig(heads=HEADS, head_dim=16, time_dim=8, rules=rules)
+        make = lambda: CogVideoXBlock(cfg, rngs=nnx.Rngs(0))
+        return make, lambda b, x, c, rows: [b(x, rows, None, m)], ((B, 2, 2, 3, 2 * D),)
+    if name == "face":
+        cfg = WanAnimateConfig(heads=HEADS, head_dim=K, rules=rules)
+        return lambda: FaceAdapter(cfg, rngs=nnx.Rngs(0)), lambda b, x, c, k, v: [b(x, (k, v))], (
+            (B, 4 if n % 4 == 0 else 1, 3, HEADS, K),) * 2  # fmt: skip
+    cfg = HunyuanVideoConfig(heads=HEADS, head_dim=K, rope_dims=(2, 2, 4), rules=rules)
+    if name == "hunyuan double":  # the first frame has rows of its own; text is cut by lengths
+        call = lambda b, x, c, mx, mc, rope, n: b(x, c, mx, mc, first=5, rope=rope, kv_lengths=n.astype(jnp.int32))
+        return lambda: JointBlock(cfg, rngs=nnx.Rngs(0)), call, ((B, 2, 6, D), (B, 1, 6, D), rope(n + m), (B,))
+    call = lambda b, x, c, rows, rope, n: [b(x, rows, first=5, rope=rope, kv_lengths=n.astype(jnp.int32))]
+    return lambda: SingleBlock(cfg, rngs=nnx.Rngs(0)), call, ((B, 2, 3, D), rope(n), (B,))
+
+
+def compiled(name, sizes, rules=Rules(), tokens=ODD):
+    """A block's program, whose tokens come and go spread; padded where they do not divide, as outputs must."""
+    mesh = make_mesh(**sizes)
+    make, call, rest = block_of(name, rules, tokens)
+    graph_leaves = sharding.abstract(make, mesh, rules)[1]
+    spread = lambda a: shard(a, "batch", "seq", "width", rules=rules)
+    width = 2 * D if name == "cogvideox" else D
+
+    def program(block, x, c, rest):
+        out = call(block, spread(x), spread(c), *rest)
+        return [spread(jnp.pad(a, ((0, 0), (0, -a.shape[1] % 8), (0, 0)))) for a in out]
+
+    place = lambda s: jax.ShapeDtypeStruct(s, jnp.float32, sharding=NamedSharding(mesh, P()))
+    is_shape = lambda s: type(s) is tuple and all(isinstance(n, int) for n in s)
+    args = jax.tree.map(place, ((B, tokens[0], width), (B, tokens[1], width), rest), is_leaf=is_shape)
+    with jax.set_mesh(mesh):
+        return jax.jit(program).lower(sharding.assemble(make, graph_leaves), *args).compile()
+
+
+def slices(tokens, *parts):
+    """Bytes of a device's slices: of each part that many arrays (B, tokens / 8, D), float32."""
+    return sum(4 * B * D * math.ceil(tokens[i] / 8) * times for i, times in enumerate(parts))
+
+
+@pytest.mark.parametrize(
+    "name, sent",
+    [
+        ("wan", [slices(ODD, 3), slices(ODD, 1)]),  # and nothing for text
+        ("sd3", [slices(ODD, 3, 3), slices(ODD, 1, 1)]),
+        ("sd3 dual", [slices(ODD, 3, 3), slices(ODD, 3), slices(ODD, 1, 1), slices(ODD, 1)]),
+        ("hunyuan double", [slices(ODD, 3, 3), slices(ODD, 1, 1)]),
+        ("hunyuan single", [slices(ODD, 3), slices(ODD, 1)]),
+        ("cogvideox", [2 * slices(ODD, 3), 2 * slices(ODD, 1)]),
+        ("face", []),
+    ],
+)
+def test_a_block_sends_heads_and_tokens_and_nothing_else(name, sent):
+    """Queries, keys and values in one all-to-all, results in another: of slices, whose padding is one token."""
+    found = collectives(compiled(name, dict(sequence=8)).as_text())
+    assert {c.kind for c in found} <= {"all-to-all"}, found
+    assert sorted(c.bytes for c in found) == sorted(sent) and len(found) <= 4
+    assert {c.devices for c in found} <= {8}
+
+
+@pytest.mark.parametrize("name", ["wan", "hunyuan double"])
+def test_a_ring_sends_keys_and_values_round(name):
+    found = collectives(compiled(name, dict(sequence=8), Rules(exchange="ring")).as_text())
+    assert counts(found) == {"collective-permute": 7}
+    assert {c.bytes for c in found} == {slices(ODD, 2, 2 * (name != "wan"))}
+
+
+def test_heads_are_exchanged_among_four_and_keys_between_two():
+    found = collectives(compiled("sd3", dict(sequence=8), Rules(exchange="ulysses_ring")).as_text())
+    assert counts(found) == {"all-to-all": 2, "collective-permute": 1}
+    assert {c.devices for c in found} == {4, 2}
+
+
+@pytest.mark.parametrize("name", ["wan", "sd3", "hunyuan single"])
+def test_tensor_and_sequence_together(name):
+    """Tensor parallel products are summed over pairs of devices, as slices; nothing is gathered."""
+    found = collectives(compiled(name, dict(data=2, sequence=2, tensor=2), tokens=EVEN).as_text())
+    assert set(counts(found)) == {"all-to-all", "all-reduce"} and counts(found)["all-to-all"] == 2
+    assert {c.devices for c in found} == {2}
+    whole = 4 * B * D * sum(EVEN)
+    assert max(c.bytes for c in found if c.kind == "all-reduce") <= whole / 4
+
+
+@pytest.mark.parametrize("sizes", [dict(sequence=8), dict(data=2, sequence=2, tensor=2)], ids=["sequence8", "2x2x2"])
+@pytest.mark.parametrize("name", ["wan", "sd3", "hunyuan single"])
+def test_layout_of_activations(name, sizes, monkeypatch):
+    """The residual streams, the MLP's inside, and queries, keys and values on their way into attention."""
+    seen = {}
+
+    def watch(what, fn):
+        def watched(x, *args, **kw):
+            leaf = jax.tree.leaves(x)[0]
+            jax.debug.inspect_array_sharding(leaf, callback=lambda s: seen.setdefault(what, []).append((leaf.ndim, s)))
+            return fn(x, *args, **kw)
+
+        return watched
+
+    monkeypatch.setattr(layers, "gelu_tanh", watch("mlp", layers.gelu_tanh))
+    for module, called in ((wan, "attend"), (hunyuan_video, "attend"), (joint, "attend_parts")):
+        monkeypatch.setattr(module, called, watch("attention", getattr(context_parallel, called)))
+    program = compiled(name, sizes, tokens=EVEN)
+    mesh = make_mesh(**sizes)
+    at = lambda *spec: NamedSharding(mesh, P(*spec))
+    assert all(s.is_equivalent_to(at("data", "sequence", None), 3) for s in jax.tree.leaves(program.output_shardings))
+    inside = {"mlp": (None,) * (name == "hunyuan single") + ("tensor",), "attention": ("tensor", None)}
+    for what, rest in inside.items():
+        assert seen[what], what
+        for ndim, s in seen[what]:
+            assert s.is_equivalent_to(at("data", "sequence", *rest), ndim), (what, s)
+
+
+HLO = """
+HloModule example, num_partitions=8
+
+%body.1 (p: (s32[], bf16[2,8])) -> (s32[], bf16[2,8]) {
+  %p = (s32[], bf16[2,8]{1,0}) parameter(0)
+  %x = bf16[2,8]{1,0} get-tuple-element(%p), index=1
+  %all-to-all.1 = (bf16[1,8]{1,0}, bf16[1,8]{1,0}) all-to-all(%x, %x), channel_id=1, replica_groups={{0,1},{2,3}}
+  ROOT %t = (s32[], bf16[2,8]{1,0}) tuple(%p, %x)
+}
+
+%async_computation.2 (q: f32[4]) -> f32[8] {
+  %q = f32[4]{0} parameter(0)
+  ROOT %all-gather.2 = f32[8]{0} all-gather(%q), replica_groups=[4,2]<=[8], dimensions={0}
+}
+
+%unused.3 (r: f32[4]) -> f32[4] {
+  ROOT %all-reduce.9 = f32[4]{0} all-reduce(%r), replica_groups={}, to_apply=%add
+}
+
+ENTRY %main.4 (a: bf16[2,8], b: f32[4]) -> f32[8] {
+  %a = bf16[2,8]{1,0} parameter(0)
+  %b = f32[4]{0} parameter(1)
+  %while.1 = (s32[], bf16[2,8]) while(%a), condition=%c.1, body=%body.1, backend_config={"known_trip_count":{"n":"5"}}
+  %start = ((f32[4]{0}), f32[8]{0}) async-start(%b), calls=%async_computation.2
+  %done = f32[8]{0} async-done(%start)
+  %permute = (f32[4]{0}, f32[4]{0}, u32[], u32[]) collective-permute-start(%b), source_target_pairs={{0,1},{1,0}}
+  %permuted = f32[4]{0} collective-permute-done(%permute)
+  ROOT %sum = f32[8]{0:T(128)} all-reduce(%done), replica_groups=mesh['a'=2,'b'=4] {'b'}, to_apply=%add
+}
+"""
+
+
+def test_what_is_read_from_a_program():
+    """An async form is counted once, a loop's body as often as it runs, and a function that nobody calls not at all."""
+    assert collectives(HLO) == [
+        Collective("all-to-all", 32, ("bf16[1,8]", "bf16[1,8]"), 2, 5),
+        Collective("all-gather", 32, ("f32[8]",), 2, 1),
+        Collective("collective-permute", 16, ("f32[4]",), 2, 1),
+        Collective("all-reduce", 32, ("f32[8]",), 4, 1),
+    ]
+
+
+def test_loops_of_real_programs_are_counted():
+    """Seven layers, each of which is summed over eight devices once."""
+    mesh = make_mesh(tensor=8)
+    sizes = dict(x=((4, 16), P()), w=((7, 16, 16), P(None, "tensor", None)))
+    x, w = (jax.ShapeDtypeStruct(s, np.float32, sharding=NamedSharding(mesh, spec)) for s, spec in sizes.values())
+    program = jax.jit(lambda x, w: jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]).lower(x, w).compile()
+    assert [(c.kind, c.devices, c.times) for c in collectives(program.as_text())] == [("all-reduce", 8, 7)]

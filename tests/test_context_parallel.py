@@ -1,0 +1,244 @@
+"""Attention of tokens that are spread over devices equals that of one device, whatever they exchange."""
+
+import dataclasses
+import functools
+import logging
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_attention import formula
+
+from jdit.nn import attention_lse, context_parallel
+from jdit.nn.attention import attention
+from jdit.nn.attention_lse import MASKED, attention_with_lse, merge
+from jdit.nn.context_parallel import attend, attend_frames, attend_parts, attend_whole
+from jdit.nn.exchange import Form, choose, joined, split
+from jdit.sharding import Rules, make_mesh
+
+IMAGE, TEXT = 21, 9
+LENGTHS, COUNTS = jnp.array([24, 30]), jnp.ones(IMAGE + TEXT).at[25].set(40.0)
+
+
+def draw(seed, *tokens, heads, b=2, d=8, dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(seed), len(tokens))
+    return tuple(jax.random.normal(k, (b, n, heads, d), dtype) for k, n in zip(keys, tokens))
+
+
+def flat(a):
+    return a.reshape(*a.shape[:2], -1)
+
+
+def run(sizes, fn, *args):
+    with jax.set_mesh(make_mesh(**sizes)):
+        return jax.block_until_ready(jax.jit(fn)(*args))
+
+
+def relative(got, want):
+    got, want = (np.asarray(a, np.float64) for a in (got, want))
+    return float(np.linalg.norm(got - want) / np.linalg.norm(want))
+
+
+@pytest.mark.parametrize(
+    "heads, ways, exchange, form",
+    [
+        (24, 8, "auto", Form(8, 1, 24)),
+        (38, 4, "auto", Form(2, 2, 38)),
+        (38, 8, "auto", Form(2, 4, 38)),
+        (12, 8, "auto", Form(4, 2, 12)),
+        (5, 8, "auto", Form(1, 8, 5)),
+        (38, 4, "ulysses", Form(4, 1, 40)),
+        (24, 8, "ring", Form(1, 8, 24)),
+        (24, 8, "ulysses_ring", Form(4, 2, 24)),
+    ],
+)
+def test_choice(heads, ways, exchange, form):
+    assert choose(heads, ways, exchange) == form
+
+
+def test_what_cannot_be_had():
+    with pytest.raises(ValueError, match=r"5 heads a device over 8 devices.*there are 'auto', 'ulysses' and 'ring'"):
+        choose(5, 8, "ulysses_ring")
+    with pytest.raises(ValueError, match="exchange='flash'; there are auto, ulysses, ring, ulysses_ring"):
+        Rules(exchange="flash")
+    with pytest.raises(ValueError, match="'exchange' is not a logical axis"):
+        Rules().spec(("exchange",))
+
+
+@functools.cache
+def joint(heads, queries):
+    """Parts of a joint sequence, whose text has so many queries, and attention among them."""
+    parts = [draw(0, *(IMAGE,) * 3, heads=heads), draw(1, queries, TEXT, TEXT, heads=heads)]
+    q, k, v = (jnp.concatenate(a, 1) for a in zip(*parts))
+    return parts, flat(attention(q, k, v, kv_lengths=LENGTHS, key_counts=COUNTS))
+
+
+@pytest.mark.parametrize(
+    "sizes, heads, queries, exchange, said",
+    [
+        (dict(sequence=8), 8, TEXT, "auto", "ulysses over 8;"),
+        (dict(sequence=8), 8, 0, "auto", "ulysses over 8;"),
+        (dict(sequence=8), 6, TEXT, "auto", "ulysses over 2 x ring over 4;"),
+        (dict(sequence=8), 6, TEXT, "ulysses", "ulysses over 8;.* heads 6 and 2 of zeros"),
+        (dict(sequence=8), 3, TEXT, "auto", "ring over 8;"),
+        (dict(data=2, sequence=4), 6, 0, "auto", "ulysses over 2 x ring over 2;"),
+        (dict(data=2, sequence=2, tensor=2), 8, TEXT, "auto", "ulysses over 2;"),
+        (dict(data=2, sequence=2, tensor=2), 6, 0, "auto", "ring over 2;"),
+        (dict(data=2, sequence=2, tensor=2), 3, TEXT, "auto", "ulysses over 2;.* heads 3 and 1 of zeros"),
+    ],
+)
+def test_parts_of_odd_lengths(sizes, heads, queries, exchange, said, caplog):
+    """Text is cut by lengths, and one of its tokens counts 40 times; nobody reads the text in a last block."""
+    parts, want = joint(heads, queries)
+    context_parallel._log_choice.cache_clear()
+    rules = Rules(exchange=exchange)
+    with caplog.at_level(logging.INFO, "jdit"):
+        got = run(
+            sizes, lambda p, n, c: attend_parts(p, rules=rules, kv_lengths=n, key_counts=c), parts, LENGTHS, COUNTS
+        )  # fmt: skip
+    assert [g.shape[1] for g in got] == [IMAGE, queries]
+    assert relative(jnp.concatenate(got, 1), want) < 1e-5
+    said_all = [r.message for r in caplog.records if "devices" in r.message]
+    assert len(said_all) == 1 and re.search(said, said_all[0])
+
+
+@pytest.mark.parametrize("exchange", ["ulysses", "ring", "ulysses_ring"])
+@pytest.mark.parametrize("tokens", [16, 13, 9])
+def test_one_sequence(tokens, exchange):
+    """The last devices have fewer tokens than the others, or none (9 tokens over 8 devices are 2, 2, 2, 2 and 1)."""
+    q, k, v = draw(2, tokens, tokens, tokens, heads=6)
+    got = run(dict(sequence=8), lambda *a: attend(*a, rules=Rules(exchange=exchange)), q, k, v)
+    np.testing.assert_allclose(got, flat(formula(q, k, v)), rtol=1e-4, atol=1e-5)
+
+
+SPREAD = [dict(sequence=8), dict(data=2, sequence=2, tensor=2)]
+
+
+@pytest.mark.parametrize("sizes", SPREAD, ids=["sequence8", "2x2x2"])
+@pytest.mark.parametrize("tokens", [21, 5])
+def test_keys_that_are_whole(sizes, tokens):
+    """Fewer tokens than devices are not spread."""
+    q, k, v = draw(3, tokens, 7, 7, heads=3)
+    lengths, counts = jnp.array([5, 7]), jnp.ones(7).at[2].set(3.0)
+    call = lambda *a: attend(*a[:3], rules=Rules(), whole_keys=True, kv_lengths=a[3], key_counts=a[4])
+    want = flat(attention(q, k, v, kv_lengths=lengths, key_counts=counts))
+    assert relative(run(sizes, call, q, k, v, lengths, counts), want) < 1e-5
+
+
+@pytest.mark.parametrize("sizes", SPREAD, ids=["sequence8", "2x2x2"])
+@pytest.mark.parametrize("frames, tokens", [(5, 9), (13, 3), (2, 40)])
+def test_frames_that_end_within_a_slice(sizes, frames, tokens):
+    (q,) = draw(4, frames * tokens, heads=6)
+    k, v = (jax.random.normal(jax.random.key(i), (2, frames, 4, 6, 8)) for i in (5, 6))
+    want = [formula(q[:, f * tokens : (f + 1) * tokens], k[:, f], v[:, f]) for f in range(frames)]
+    call = lambda *a: attend_frames(*a, rules=Rules())
+    assert relative(run(sizes, call, q, k, v), flat(np.concatenate(want, 1))) < 1e-5
+    assert relative(call(q, k, v), flat(np.concatenate(want, 1))) < 1e-5
+
+
+@pytest.mark.parametrize("sizes", SPREAD, ids=["sequence8", "2x2x2"])
+def test_causal_sequences_stay_whole(sizes):
+    q, k, v = draw(7, 11, 11, 11, heads=8)
+    got = run(sizes, lambda *a: attend_whole(*a, rules=Rules(), causal=True), q, k, v)
+    assert relative(got, flat(formula(q, k, v, causal=True))) < 1e-5
+
+
+@pytest.mark.parametrize("sizes, heads", [(dict(sequence=8), 6), (dict(data=2, sequence=2, tensor=2), 4)])
+def test_gradients(sizes, heads):
+    """Through all-to-all, ring, merging and, added to it, attention to keys that are whole."""
+    parts, _ = joint(heads, TEXT)
+    text = draw(8, 7, 7, heads=heads)
+
+    def loss(parts, text, seen, across):
+        q = parts[0][0]
+        out = jnp.concatenate(seen(parts), 1)
+        return (jnp.sin(out) * jnp.arange(out.shape[-1])).sum() + jnp.cos(3 * across(q, *text)).sum()
+
+    one = lambda parts: [flat(attention(*(jnp.concatenate(a, 1) for a in zip(*parts)), kv_lengths=LENGTHS))]
+    alone = jax.grad(functools.partial(loss, seen=one, across=lambda *a: flat(attention(*a))), (0, 1))
+    rules = Rules()
+    seen = lambda parts: attend_parts(parts, rules=rules, kv_lengths=LENGTHS)
+    across = lambda *a: attend(*a, rules=rules, whole_keys=True)
+    got = run(sizes, jax.grad(functools.partial(loss, seen=seen, across=across), (0, 1)), parts, text)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(jax.jit(alone)(parts, text)), strict=True):
+        assert relative(a, b) < 1e-5
+
+
+def test_ring_in_bfloat16_is_as_exact_as_plain_attention():
+    q, k, v = draw(9, 40, 40, 40, heads=3, d=32, dtype=jnp.bfloat16)
+    want = flat(formula(q, k, v))
+    plain = relative(flat(attention(q, k, v)), want)
+    ring = relative(run(dict(sequence=8), lambda *a: attend(*a, rules=Rules(exchange="ring")), q, k, v), want)
+    assert 0 < ring <= 1.2 * plain < 1e-2
+
+
+@pytest.mark.parametrize("chunk", [4, 1024])
+def test_log_sum_exp(chunk, monkeypatch):
+    monkeypatch.setattr(attention_lse, "CHUNK", chunk)
+    q, k, v = draw(10, 11, 7, 7, heads=2)
+    bias = jnp.array([[0.0, 1, MASKED, 0, 2, MASKED, MASKED], [0.0, 0, 0, 0, 0, 0, MASKED]])
+    out, lse = attention_with_lse(q, k, v, bias)
+    q, k, v = (np.asarray(a, np.float64) for a in (q, k, v))
+    scores = np.einsum("bnhk,bshk->bnhs", q, k) / np.sqrt(8) + np.asarray(bias, np.float64)[:, None, None]
+    total = np.exp(scores).sum(-1)
+    np.testing.assert_allclose(lse, np.log(total), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(
+        out, np.einsum("bnhs,bshk->bnhk", np.exp(scores) / total[..., None], v), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_keys_that_nobody_sees_have_no_weight():
+    q, k, v = draw(11, 3, 4, 4, heads=1)
+    seen, unseen = (attention_with_lse(q, k, v, jnp.full((1, 4), bias)) for bias in (0.0, MASKED))
+    for both in (merge(seen, unseen), merge(unseen, seen)):
+        assert all(np.array_equal(a, b) for a, b in zip(both, seen))
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**31), st.permutations(range(5)), st.integers(1, 4), st.floats(0.1, 30))
+def test_parts_merge_in_any_order_and_grouping(seed, order, first, scale):
+    rng = np.random.default_rng(seed)
+    numbers = lambda scale, *shape: jnp.asarray(scale * rng.normal(size=shape), jnp.float32)
+    parts = [(numbers(1, 1, 2, 3, 4), numbers(scale, 1, 2, 3)) for _ in order]
+    want = functools.reduce(merge, parts)
+    shuffled = [parts[i] for i in order]
+    got = merge(functools.reduce(merge, shuffled[:first]), functools.reduce(merge, shuffled[first:]))
+    np.testing.assert_allclose(got[0], want[0], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(got[1], want[1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_joining_is_concatenation(axis):
+    shape = lambda n: tuple(n if i == axis else 3 for i in range(3))
+    pieces = [np.random.default_rng(n).normal(size=shape(n)).astype(np.float32) for n in (2, 0, 4, 1)]
+    whole = joined([jnp.asarray(p) for p in pieces], axis)
+    np.testing.assert_array_equal(whole, np.concatenate(pieces, axis))
+    for got, want in zip(split(whole, [2, 0, 4, 1], axis), pieces, strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("sizes", [None, dict(data=8), dict(data=4, tensor=2)], ids=["one", "data8", "4x2"])
+def test_nothing_is_exchanged_where_tokens_are_not_spread(sizes):
+    parts, _ = joint(8, TEXT)
+    call = lambda parts: attend_parts(parts, rules=Rules(exchange="ring"), kv_lengths=LENGTHS, key_counts=COUNTS)
+    trace = lambda: str(jax.make_jaxpr(call)(parts))
+    if sizes is None:
+        text = trace()
+    else:
+        with jax.set_mesh(make_mesh(**sizes)):
+            text = trace()
+    assert "shard_map" not in text
+    with jax.set_mesh(make_mesh(sequence=2)):
+        assert "shard_map" in trace()
+
+
+def test_the_axis_may_have_another_name_and_be_several():
+    """W = 4 of two mesh axes, U = 2 and R = 2 across them."""
+    q, k, v = draw(12, 13, 13, 13, heads=6)
+    rules = dataclasses.replace(Rules(), batch=None, seq=("data", "sequence"), attn="tensor")
+    got = run(dict(data=2, sequence=2, tensor=1), lambda *a: attend(*a, rules=rules), q, k, v)
+    assert relative(got, flat(formula(q, k, v))) < 1e-5
