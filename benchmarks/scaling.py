@@ -111,7 +111,7 @@ def replace_attention():
     """Attention that costs nothing and needs all that attention needs, in the program that is counted."""
     import jax.numpy as jnp
 
-    from jdit.nn import attention, context_parallel
+    from jdit.nn import attention, exchange
 
     def nothing(q, k, v, lengths=None, causal=False):
         return q + (k[:, :1] + v[:, -1:]).astype(q.dtype)
@@ -121,7 +121,7 @@ def replace_attention():
 
     attention.BACKENDS.clear()
     attention.BACKENDS["counted"] = nothing
-    context_parallel.attention_with_lse = partial
+    exchange.attention_with_lse = partial
 
 
 def lowered(case: str, ways: int, spread: bool = False, **depth: int):
