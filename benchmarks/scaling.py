@@ -302,7 +302,7 @@ def main():
                 print(json.dumps(counts[-1]), flush=True)
     rows = project(counts)
     with open(path, "w") as f:
-        json.dump({"counts": counts, "projected": rows}, f, indent=1)
+        json.dump({"counts": counts, "projected": rows}, f)
     with open(f"{args.out}.md", "w") as f:
         f.write(report(rows))
 
