@@ -21,8 +21,6 @@ from typing import Any, NamedTuple
 
 FLAGS = ("--xla_force_host_platform_device_count=64", "--xla_backend_optimization_level=0",
          "--xla_llvm_disable_expensive_passes=true")  # fmt: skip
-os.environ["XLA_FLAGS"] = " ".join(FLAGS)  # the partitioner's work is the same, and nothing is run
-os.environ["JAX_PLATFORMS"] = "cpu"
 
 WAYS = (1, 2, 4, 8, 16, 32, 64)
 
@@ -288,6 +286,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="scaling", help="path of the results, without suffix")
     args = parser.parse_args()
+    # before jax is imported; the partitioner's work does not depend on optimisation, and nothing is run
+    os.environ |= {"XLA_FLAGS": " ".join(FLAGS), "JAX_PLATFORMS": "cpu"}
     path, counts = f"{args.out}.json", []
     if os.path.exists(path):
         with open(path) as f:
