@@ -13,6 +13,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jdit.nn.splash import splash
+from jdit.target import target
+
 log = logging.getLogger("jdit")
 
 CHUNK = 1024
@@ -63,7 +66,7 @@ def _cudnn(q, k, v, lengths: Lengths, causal: bool):
     Above head dim 64, tokens are padded to a multiple of 128 and cut by lengths: 9% faster at 32,760 tokens of 128 on
     an H100. At 64 it is 3% slower (4,429 tokens on an H200: 0.634 against 0.617 ms), and padding costs besides.
     """
-    if jax.default_backend() != "gpu":
+    if target().platform != "gpu":
         raise NotImplementedError("cuDNN attention needs an NVIDIA GPU")
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"cuDNN attention takes bfloat16 and float16, not {q.dtype}")
@@ -85,7 +88,7 @@ def _cudnn(q, k, v, lengths: Lengths, causal: bool):
     return out[:, :n]
 
 
-BACKENDS: dict[str, Callable] = {"cudnn": _cudnn, "xla": _xla, "chunked": _chunked}
+BACKENDS: dict[str, Callable] = {"cudnn": _cudnn, "splash": splash, "xla": _xla, "chunked": _chunked}
 
 
 @functools.lru_cache(maxsize=64)

@@ -1,0 +1,200 @@
+"""A step on two GPUs beside the same step on one of them, full size, random weights, bfloat16.
+
+    python benchmarks/mesh.py --out benchmarks/mesh        every case; writes .json and .md, also when a case fails
+    python benchmarks/mesh.py --only wan                   the cases that contain one of these texts (a,b)
+    python benchmarks/mesh.py --tiny                       tiny models on two CPU devices: checks the script
+
+A video's tokens are spread over the devices (sequence), without guidance; a picture's guided step has its two
+predictions on different devices (data). Cases run one after another, each in a process of its own that has all GPUs.
+A step is the transformer and an Euler update; its time is the median of a few, after one that compiles. Text,
+modulation and what else is made before the loop is not in it. `silent` is the same program with what it sends taken out
+(an all-to-all gives back what it was given, a permute too): the difference is what communication costs where nothing
+hides it. Memory is the compiler's figure for a device. The two results are compared. About 5 minutes on two H100s.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import datetime
+import json
+import os
+import statistics
+import sys
+import time
+from typing import Any
+
+TINY = "--tiny" in sys.argv
+if TINY:
+    os.environ |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+
+import harness  # noqa: E402 (the flags are read when jax is imported)
+
+REPEATS, SCALE = 3, 4.0
+# variant, latents, mesh axis
+CASES = {
+    "wan-1.3b 81x480x832": ("wan2.1-t2v-1.3b", (21, 60, 104), "sequence"),
+    "wan-14b 81x480x832": ("wan2.1-t2v-14b", (21, 60, 104), "sequence"),
+    "hunyuan-video 129x544x960": (None, (33, 68, 120), "sequence"),
+    "sd3.5-large 1024": ("sd3.5-large", (128, 128), "data"),
+    "qwen-image 1328": ("qwen-image", (166, 166), "data"),
+}
+
+
+def config(case: str, tiny: bool) -> Any:
+    from jdit import zoo
+    from jdit.nn.hunyuan_video import HunyuanVideoConfig
+
+    name = CASES[case][0]
+    cfg = dataclasses.replace(
+        zoo.VARIANTS[name].components["transformer"] if name else HunyuanVideoConfig(), dtype="bfloat16"
+    )
+    if not tiny:
+        return cfg
+    small: dict[str, Any] = {"heads": 2, "layers": 2, "mlp": 256, "text_dim": 32, "joint_dim": 32, "single_layers": 2}
+    names = {f.name for f in dataclasses.fields(cfg)}
+    return dataclasses.replace(cfg, **{k: v for k, v in small.items() if k in names})
+
+
+@contextlib.contextmanager
+def silence():
+    """Nothing is sent by the exchanges of attention; shapes, copies and products stay."""
+    import jax
+
+    whole, around = jax.lax.all_to_all, jax.lax.ppermute
+    jax.lax.all_to_all = lambda x, *a, **kw: x
+    jax.lax.ppermute = lambda x, *a, **kw: x
+    try:
+        yield
+    finally:
+        jax.lax.all_to_all, jax.lax.ppermute = whole, around
+
+
+def measure(case: str, tiny: bool) -> dict[str, Any]:
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    import programs
+    from collectives import collectives
+    from jax.sharding import NamedSharding
+    from jax.sharding import PartitionSpec as P
+
+    from jdit import sharding
+    from jdit.pipeline import executor
+
+    _, size, axis = CASES[case]
+    guided, rows = axis == "data", 2 if axis == "data" else 1
+    size = tuple(min(n, 5 if i == 0 and len(size) == 3 else 16) for i, n in enumerate(size)) if tiny else size
+    program = programs.of(config(case, tiny), size, rows)
+    module = harness.jax_weights(program.make)
+    keys = jax.random.split(jax.random.key(1), 1 + len(program.given))
+
+    def draw(key, a):
+        if a.dtype == jnp.int32:  # lengths of the prompts
+            return jnp.array([20, 100][:rows], jnp.int32)
+        return jax.random.normal(key, a.shape, a.dtype) if a.ndim > 1 else jnp.full(a.shape, 500.0, a.dtype)
+
+    x = jax.random.normal(keys[0], (1, *program.x.shape[1:]))
+    given = [draw(key, a) for key, a in zip(keys[1:], program.given)]
+
+    def step(module, x, prepared):
+        velocity = program.step(module, jnp.concatenate([x] * rows), *prepared)
+        if guided:
+            velocity = velocity[:1] + SCALE * (velocity[1:] - velocity[:1])
+        return x - 0.05 * velocity
+
+    def run(what: str, mesh, module, x, given) -> tuple[dict[str, Any], Any]:
+        with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+            prepared = jax.jit(program.before)(module, *given)
+            start = time.perf_counter()
+            # a function of its own each time: what was traced before `silence` is not to be found again
+            compiled = (
+                jax.jit(lambda *a: step(*a), compiler_options=executor.compiler_options())
+                .lower(module, x, prepared)
+                .compile()
+            )
+            compile_s = time.perf_counter() - start
+            out = jax.block_until_ready(compiled(module, x, prepared))
+            times = harness.times(lambda: compiled(module, x, prepared), jax.block_until_ready, REPEATS)
+        memory, found = compiled.memory_analysis(), collectives(compiled.as_text())
+        peak = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+        middle = statistics.median(times)
+        return {
+            f"{what}_s": middle, f"{what}_spread": (max(times) - min(times)) / middle, f"{what}_compile_s": compile_s,
+            f"{what}_gb": peak / 1e9, f"{what}_results_gb": sum(c.bytes * c.times for c in found) / 1e9,
+            f"{what}_collectives": {k: sum(c.times for c in found if c.kind == k) for k in {c.kind for c in found}},
+        }, out  # fmt: skip
+
+    device = jax.devices()[0]
+    row = {"case": case, "axis": axis, "devices": len(jax.devices()), "device": device.device_kind}
+    measured, want = run("one", None, module, x, given)
+    row |= measured
+    mesh = sharding.make_mesh(**{axis: len(jax.devices())})
+    # donated: there is no room for two copies of all weights
+    put = lambda a, *spec: jax.device_put(a, NamedSharding(mesh, P(*spec)), donate=True)
+    leaves = sharding.leaves(module)
+    del module
+    module = sharding.assemble(program.make, {path: put(leaves.pop(path)) for path in list(leaves)})
+    start, x = np.asarray(x, np.float64), put(x)
+    given = [put(a, *["data"] * guided) for a in given]
+    measured, got = run("mesh", mesh, module, x, given)
+    want, got = (np.asarray(a, np.float64) for a in (want, got))
+    if not np.isfinite(got).all():
+        raise FloatingPointError("NaN or infinity")
+    row |= measured | {"error": float(np.linalg.norm(got - want) / np.linalg.norm(want - start))}
+    if not guided:
+        with silence():
+            row |= run("silent", mesh, module, x, given)[0]
+    return row | {"versions": f"jax {jax.__version__}"}
+
+
+def report(rows: list[dict[str, Any]], failed: list[str]) -> str:
+    first = rows[0]
+    lines = [
+        f"{datetime.date.today()}, {first['devices']} x {first['device']}, {first['versions']}; bfloat16, random "
+        f"weights, median of {REPEATS} steps. Results of collectives are of a device; the difference is of the update.",
+        "",
+        "| step | mesh | one, ms | mesh, ms | times as fast | spread | silent, ms | sending, ms | results, GB "
+        "| collectives | one, GB | mesh, GB a device | compile, s | difference |",
+        "|---" * 14 + "|",
+    ]
+    for r in rows:
+        silent = r.get("silent_s")
+        sent = "" if silent is None else f"{1e3 * (r['mesh_s'] - silent):.1f}"
+        kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(r["mesh_collectives"].items())) or "none"
+        lines.append(
+            f"| {r['case']} | {r['axis']}={r['devices']} | {1e3 * r['one_s']:.1f} | {1e3 * r['mesh_s']:.1f} "
+            f"| {r['one_s'] / r['mesh_s']:.2f} | {max(r['one_spread'], r['mesh_spread']):.1%} "
+            f"| {'' if silent is None else f'{1e3 * silent:.1f}'} | {sent} | {r['mesh_results_gb']:.2f} | {kinds} "
+            f"| {r['one_gb']:.1f} | {r['mesh_gb']:.1f} | {r['one_compile_s']:.0f}, {r['mesh_compile_s']:.0f} "
+            f"| {r['error']:.1e} |"
+        )
+    return "\n".join([*lines, *(f"\nFailed: {name}." for name in failed)]) + "\n"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", choices=CASES, help="run one case in this process and print its row")
+    parser.add_argument("--only", default="", help="run the cases that contain one of these texts (a,b)")
+    parser.add_argument("--out", default="mesh", help="path of the results, without suffix")
+    parser.add_argument("--tiny", action="store_true", help="tiny models on two CPU devices, to check the script")
+    args = parser.parse_args()
+    if args.case:
+        print("ROW " + json.dumps(measure(args.case, args.tiny)), flush=True)
+        return
+    rows, failed = [], []
+    for case in (c for c in CASES if any(text in c for text in args.only.split(","))):
+        row = harness.run_case(__file__, case, ["--tiny"] if args.tiny else [])
+        (failed if row is None else rows).append(case if row is None else row)
+        if rows:
+            with open(f"{args.out}.json", "w") as f:
+                json.dump(rows, f, indent=1)
+            with open(f"{args.out}.md", "w") as f:
+                f.write(report(rows, failed))
+    if rows:
+        with open(f"{args.out}.md") as f:
+            print(f.read())
+    sys.exit(bool(failed))
+
+
+if __name__ == "__main__":
+    main()
