@@ -34,7 +34,7 @@ REPEATS, SCALE = 3, 4.0
 CASES = {
     "wan-1.3b 81x480x832": ("wan2.1-t2v-1.3b", (21, 60, 104), "sequence"),
     "wan-14b 81x480x832": ("wan2.1-t2v-14b", (21, 60, 104), "sequence"),
-    "hunyuan-video 129x544x960": (None, (33, 68, 120), "sequence"),
+    "hunyuan-video 129x544x960": ("hunyuan-video", (33, 68, 120), "sequence"),
     "sd3.5-large 1024": ("sd3.5-large", (128, 128), "data"),
     "qwen-image 1328": ("qwen-image", (166, 166), "data"),
 }
@@ -42,12 +42,8 @@ CASES = {
 
 def config(case: str, tiny: bool) -> Any:
     from jdit import zoo
-    from jdit.nn.hunyuan_video import HunyuanVideoConfig
 
-    name = CASES[case][0]
-    cfg = dataclasses.replace(
-        zoo.VARIANTS[name].components["transformer"] if name else HunyuanVideoConfig(), dtype="bfloat16"
-    )
+    cfg = dataclasses.replace(zoo.VARIANTS[CASES[case][0]].components["transformer"], dtype="bfloat16")
     if not tiny:
         return cfg
     small: dict[str, Any] = {"heads": 2, "layers": 2, "mlp": 256, "text_dim": 32, "joint_dim": 32, "single_layers": 2}

@@ -66,8 +66,8 @@ CASES = {
     "Wan 1.3B 480p": ("wan2.1-t2v-1.3b", (21, 60, 104), 1),
     "Wan 14B 480p": ("wan2.1-t2v-14b", (21, 60, 104), 1),
     "Wan 14B 480p guided": ("wan2.1-t2v-14b", (21, 60, 104), 2),
-    "HunyuanVideo 544p": (None, (33, 68, 120), 1),
-    "HunyuanVideo 720p": (None, (33, 90, 160), 1),
+    "HunyuanVideo 544p": ("hunyuan-video", (33, 68, 120), 1),
+    "HunyuanVideo 720p": ("hunyuan-video", (33, 90, 160), 1),
     "SD3.5-large guided": ("sd3.5-large", (128, 128), 2),
     "Qwen-Image guided": ("qwen-image", (166, 166), 2),
 }
@@ -86,11 +86,8 @@ def wanted() -> list[tuple[str, int, bool]]:
 
 def config(case: str) -> Any:
     from jdit import zoo
-    from jdit.nn.hunyuan_video import HunyuanVideoConfig
 
-    name = CASES[case][0]
-    like = zoo.VARIANTS[name].components["transformer"] if name else HunyuanVideoConfig()
-    return dataclasses.replace(like, dtype="bfloat16")
+    return dataclasses.replace(zoo.VARIANTS[CASES[case][0]].components["transformer"], dtype="bfloat16")
 
 
 def mesh_sizes(case: str, ways: int) -> dict[str, int]:

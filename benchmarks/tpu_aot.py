@@ -24,7 +24,6 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
 from jdit import zoo
-from jdit.nn.hunyuan_video import HunyuanVideoConfig
 from jdit.sharding import MESH_AXES, Rules
 
 CHIPS = {"v5p": ("v5p:2x2x2", 95), "v6e": ("v6e:2x4", 32)}
@@ -34,13 +33,13 @@ FSDP = Rules(embed=("data", "sequence"))
 CASES = {
     "v6e wan2.1-14b 480p": ("wan2.1-t2v-14b", (21, 60, 104), 2, (2, 4, 1), FSDP),
     "v6e wan2.1-1.3b 480p": ("wan2.1-t2v-1.3b", (21, 60, 104), 2, (2, 4, 1), Rules()),
-    "v6e hunyuan-video 720p": (None, (33, 90, 160), 1, (1, 8, 1), FSDP),
+    "v6e hunyuan-video 720p": ("hunyuan-video", (33, 90, 160), 1, (1, 8, 1), FSDP),
     "v6e sd3.5-large 1024": ("sd3.5-large", (128, 128), 2, (2, 2, 1), Rules()),
     "v6e qwen-image 1328": ("qwen-image", (166, 166), 2, (2, 4, 1), FSDP),
     "v6e cogvideox-5b 480p": ("cogvideox-5b", (13, 60, 90), 2, (2, 4, 1), Rules()),
     "v6e wan2.2-animate-14b 480p": ("wan2.2-animate-14b", (21, 60, 104), 1, (1, 8, 1), FSDP),
     "v5p wan2.1-14b 720p": ("wan2.1-t2v-14b", (21, 90, 160), 2, (2, 4, 1), FSDP),
-    "v5p hunyuan-video 720p": (None, (33, 90, 160), 1, (1, 8, 1), FSDP),
+    "v5p hunyuan-video 720p": ("hunyuan-video", (33, 90, 160), 1, (1, 8, 1), FSDP),
 }
 
 
@@ -49,7 +48,7 @@ def measure(case: str) -> dict:
     topology, _ = CHIPS[case.split()[0]]
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     mesh = Mesh(np.array(devices[: np.prod(sizes)]).reshape(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
-    like = zoo.VARIANTS[variant].components["transformer"] if variant else HunyuanVideoConfig()
+    like = zoo.VARIANTS[variant].components["transformer"]
     program = programs.of(dataclasses.replace(like, dtype="bfloat16", rules=rules), size, rows)
     start = time.perf_counter()
     with jax.set_mesh(mesh):

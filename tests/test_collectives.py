@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from collectives import Collective, collectives, counts
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from benchmarks.collectives import Collective, collectives, counts
 from jdit import sharding
 from jdit.nn import context_parallel, hunyuan_video, joint, layers, wan
 from jdit.nn.cogvideox import CogVideoXBlock, CogVideoXConfig

@@ -1,15 +1,10 @@
 """The projection's formulas against compiled counts and by hand."""
 
-import sys
-from pathlib import Path
-
 import pytest
+import scaling
 
 from jdit.nn import attention, exchange
 from jdit.nn.wan import WanConfig
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
-import scaling
 
 
 def test_attention_is_what_the_program_without_it_lacks(monkeypatch):

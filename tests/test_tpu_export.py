@@ -3,21 +3,15 @@
 import contextlib
 import dataclasses
 import re
-import sys
-from pathlib import Path
 
 import jax
+import programs
 import pytest
 from flax import nnx
 
 from jdit import sharding, zoo
-from jdit.nn.hunyuan_video import HunyuanVideoConfig
-from jdit.nn.vae.autoencoder_kl_hunyuan_video_config import AutoencoderKLHunyuanVideoConfig
 from jdit.sharding import make_mesh
 from jdit.target import Target, compiling_for
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
-import programs
 
 CHIP = Target("tpu", "TPU v6 lite")
 KERNEL = re.compile(r"@tpu_custom_call\(.*?\) .*?: \(tensor<([\dx]+)x\w+>, tensor<([\dx]+)x\w+>", re.DOTALL)
@@ -53,7 +47,7 @@ def lowered(fn, *args, mesh=None):
 def test_steps_on_a_mesh(case):
     """Each of 2 x 4 devices has one of two rows, and all tokens of a quarter of the heads."""
     size, heads, tokens = STEPS[case]
-    cfg = component(case) if case in zoo.VARIANTS else HunyuanVideoConfig(dtype="bfloat16")
+    cfg = component(case)
     program, mesh = programs.of(cfg, size, rows=2), make_mesh(data=2, sequence=4)
     done, kernels = lowered(program.whole, *program.abstract(mesh), mesh=mesh)
     assert done.out_avals[0].shape == (2, *size, cfg.out_channels)
@@ -94,7 +88,7 @@ DECODERS = {  # latents, and tokens of its attention, None where it has none
 @pytest.mark.parametrize("case", DECODERS)
 def test_decoders(case):
     size, tokens = DECODERS[case]
-    cfg = component(case, "vae") if case in zoo.VARIANTS else AutoencoderKLHunyuanVideoConfig(dtype="bfloat16")
+    cfg = component(case, "vae")
     z = jax.ShapeDtypeStruct(size, "float32")
     done, kernels = lowered(lambda vae, z: vae.decode(z), module(cfg), z)
     assert done.out_avals[0].shape[-1] == 3
