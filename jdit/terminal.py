@@ -29,6 +29,8 @@ def setup(verbose: bool):
     handler = RichHandler(console=err, show_time=False, show_path=False, markup=False)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     logging.getLogger("jdit").setLevel(logging.INFO if verbose else logging.WARNING)
+    if not verbose:  # the compiler's own warnings, lines of its operations, help nobody who did not ask
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 
 def import_jax():
