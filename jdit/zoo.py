@@ -83,7 +83,7 @@ PLANS = {
     "qwen-image": Plan(steps=50, guidance=4.0, max_text_tokens=512),
     "qwen-image-edit": Plan(steps=50, guidance=4.0),  # the picture has the size
     "qwen-image-edit-plus": Plan(steps=40, guidance=4.0),
-    "qwen-image-layered": Plan(steps=50, guidance=4.0, height=640, width=640, max_text_tokens=512),  # of a square one
+    "qwen-image-layered": Plan(steps=50, guidance=4.0, max_text_tokens=512),  # and its proportions
     "hunyuan-video": Plan(steps=50, guidance=6.0, height=720, width=1280, num_frames=129, fps=24.0),
 }  # fmt: skip
 """How a family's unknown variants are run; others as Plan() has it."""

@@ -26,7 +26,7 @@ RESOLUTIONS = (640, 1024)
 
 class QwenImageLayering(QwenImageGeneration):
     """Qwen-Image-Layered, which takes one picture apart: `image`, whose transparency counts, with a prompt that says
-    what is in it. The result's `.pixels` are (B, layers, H, W, 4), red, green, blue and opacity, the lowest layer first.
+    what is in it. The result's `.pixels` are (B, layers, H, W, 4): red, green, blue, opacity; the lowest layer first.
 
     Beside the common arguments: `layers` (4), `resolution` (640 or 1024: the layers have about its square of pixels, in
     the proportions of the picture, and no other size), `cfg_normalize` (after guidance every token has the norm of the
@@ -53,6 +53,10 @@ class QwenImageLayering(QwenImageGeneration):
         if resolution not in (None, *RESOLUTIONS):
             out.append(f"resolution={resolution!r}; there are {' and '.join(map(str, RESOLUTIONS))}")
         return out
+
+    def size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
+        """See the base class; that of a square picture."""
+        return super().size(or_(height, RESOLUTIONS[0]), or_(width, RESOLUTIONS[0]))
 
     def run_size(self, given: Mapping[str, Any]) -> tuple[int, int]:
         """The size of a call, which the proportions of its picture say.

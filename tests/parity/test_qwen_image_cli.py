@@ -237,7 +237,6 @@ def test_components_that_do_not_fit(folders, tmp_path):
 
     assert not misfits()
     assert "takes 5 and gives 4 channels of latents, the vae has 4" in misfits("transformer", in_channels=5)
-    assert "this is the model of layered pictures" in misfits("transformer", layered=True)
     assert "reads states of width 24, but those of the text_encoder have 40" in misfits("transformer", text_dim=24)
     said = "temperal_downsample has 4 values for 4 levels; 3 would fit"
     assert said in misfits("vae", temporal=(False, True, True, False), space_factor=16)
