@@ -15,7 +15,7 @@ from PIL import Image  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from test_qwen_image_pipeline import NEGATIVE, PROMPTS  # noqa: E402
 from util_qwen_image import transformer  # noqa: E402
-from util_qwen_image_pipeline import components, made, saved, smaller_layers  # noqa: E402
+from util_qwen_image_pipeline import components, made, original_vae, saved, smaller_layers  # noqa: E402
 from util_sd3 import error, noise  # noqa: E402
 
 import jdit  # noqa: E402
@@ -148,16 +148,18 @@ def test_command_line_and_layouts(folder, pipe, small, tmp_path, monkeypatch):
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 def test_single_file(prefix, tmp_path):
     """The second embedding of time tells it, and the autoencoder beside it is another file than Qwen-Image's."""
-    kw = dict(attention_head_dim=32, axes_dims_rope=(4, 14, 14), num_layers=1)
+    kw = dict(attention_head_dim=32, axes_dims_rope=(4, 14, 14), in_channels=64, out_channels=16, num_layers=1)
     tensors = {prefix + k: v.contiguous() for k, v in transformer(**kw, **LAYERED).state_dict().items()}
     save_file(tensors, tmp_path / "x.safetensors")
     save_file({"broken": torch.zeros(1)}, tmp_path / "qwen_image_vae.safetensors")
+    vae = original_vae(tmp_path / "qwen_image_layered_vae.safetensors", input_channels=4)
     found = json.loads(run("inspect", tmp_path / "x.safetensors", "--json").output)
     assert (found["family"], set(found["components"]), found["problems"]) == (
-        "qwen-image-layered", {"transformer"}, []
+        "qwen-image-layered", {"transformer", "vae"}, []
     )  # fmt: skip
-    cfg = open_source(tmp_path / "x.safetensors").parts["transformer"].cfg
-    assert cfg.layered and cfg.added_t
+    parts = open_source(tmp_path / "x.safetensors").parts
+    assert parts["transformer"].cfg.layered and parts["transformer"].cfg.added_t
+    assert parts["vae"].cfg == vae and vae.in_channels == vae.out_channels == 4
 
 
 ONE = ["a cat", "--image", "in.png"]

@@ -26,7 +26,11 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from util_qwen2_5_vl import TEXT, VISION
 from util_sd3 import noise, randomise
 
-from jdit import zoo
+from convert import autoencoder_kl_qwen_image as vae_tables
+from convert import registry, stream, write
+from convert.readers import open_folder
+from jdit import sharding, zoo
+from jdit.nn.vae.autoencoder_kl_wan_config import MEAN_21, STD_21
 from jdit.pipeline import qwen_edit, qwen_layered
 
 PAD = "<|image_pad|>"
@@ -87,6 +91,20 @@ def components(channels: int = 3, z: int = 4, **transformer) -> dict:
         "scheduler": SHORT, "vae": randomise_vae(vae), "text_encoder": text_encoder(151700), "tokenizer": tokenizer,
         "transformer": randomise(dit, 1),
     }  # fmt: skip
+
+
+def original_vae(file: Path, **config):
+    """Write a random autoencoder as the single files of releases are; returns our config of it."""
+    kw = dict(base_dim=4, z_dim=16, latents_mean=list(MEAN_21), latents_std=list(STD_21))
+    folder, vae = file.with_suffix(""), registry.COMPONENTS[vae_tables.CLASS]
+    randomise_vae(AutoencoderKLQwenImage(**kw, **config)).save_pretrained(folder)
+    cfg = vae.config(json.loads((folder / "config.json").read_text()))
+    with open_folder(folder) as reader:
+        leaves = stream.load_leaves(reader, vae.rules(cfg), vae.targets(cfg))
+    dotted = {sharding.dotted(path): array for path, array in leaves.items()}
+    write.write_tensors(file, write.outputs(dotted, vae_tables.original_rules(cfg)))
+    shutil.rmtree(folder)
+    return cfg
 
 
 def image_processor() -> Qwen2VLImageProcessorPil:
