@@ -57,12 +57,14 @@ def upstream_config(cfg: AutoencoderKLQwenImageConfig) -> dict[str, Any]:
 def original_config(
     shapes: Mapping[str, Sequence[int]], *, dtype: str = "float32", rules: Rules = Rules()
 ) -> AutoencoderKLQwenImageConfig:
-    """The architecture of a single file, read off its shapes; the latents' statistics are those of the release.
+    """The architecture of a single file, read off its shapes (pictures have 3 channels, or with their opacity 4); the
+    latents' statistics are those of the release.
 
     Raises:
         ConversionError: as for Wan, and where it is another of Wan's networks.
     """
-    cfg = wan.original_config(shapes, dtype=dtype, rules=rules)
+    opacity = tuple(shapes.get("encoder.conv1.weight", ()))[1:2] == (4,)
+    cfg = wan.original_config(shapes, dtype=dtype, rules=rules, colours=4 if opacity else 3)
     if cfg.residual or cfg.patch or cfg.decoder_width or cfg.in_channels != cfg.out_channels:
         raise ConversionError("not Qwen-Image's autoencoder: its levels have shortcuts, patches or unequal sides")
     names = {*FIELDS.values(), "dtype", "rules"}

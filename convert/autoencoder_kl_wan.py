@@ -175,11 +175,11 @@ def original_rules(cfg: AutoencoderKLWanConfig, prefix: str = "") -> list[Rule]:
 
 
 def original_config(
-    shapes: Mapping[str, Sequence[int]], *, dtype: str = "float32", rules: Rules = Rules()
+    shapes: Mapping[str, Sequence[int]], *, dtype: str = "float32", rules: Rules = Rules(), colours: int = 3
 ) -> AutoencoderKLWanConfig:
     """The architecture of an original file, read off its shapes (it carries no config), keys without prefix.
 
-    The statistics of the latents are those that Wan published for this number of channels.
+    The statistics of the latents are those that Wan published for this number of channels; a pixel has `colours`.
 
     Raises:
         ConversionError: a tensor that the architecture is read from is missing, or channels without statistics.
@@ -214,10 +214,10 @@ def original_config(
         raise ConversionError(
             f"conv2.weight has {channels} latent channels; latent statistics are known for {sorted(STATISTICS)}"
         )
-    patch = math.isqrt(in_channels // 3)
-    if in_channels != 3 * patch**2:
+    patch = math.isqrt(in_channels // colours)
+    if in_channels != colours * patch**2:
         raise ConversionError(
-            f"encoder.conv1.weight has {in_channels} input channels, not 3 p p of patches of p pixels"
+            f"encoder.conv1.weight has {in_channels} input channels, not {colours} p p of patches of p pixels"
         )
     mean, std = STATISTICS[channels]
     decoder_width = last // multipliers[0]

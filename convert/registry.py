@@ -119,8 +119,8 @@ COMPONENTS: dict[str, Component] = {
 FAMILIES: dict[str, Family] = {
     "sd3": sd3_family.FAMILY, "wan": wan_family.FAMILY, "wan-animate": animate_family.FAMILY,
     "cogvideox": cogvideox_family.FAMILY, "qwen-image": qwen_family.FAMILY, "qwen-image-edit": qwen_family.EDIT,
-    "qwen-image-edit-plus": qwen_family.EDIT_PLUS, "hunyuan-video": hunyuan_family.FAMILY,
-    "hunyuan-video-i2v": hunyuan_family.FROM_PICTURE,
+    "qwen-image-edit-plus": qwen_family.EDIT_PLUS, "qwen-image-layered": qwen_family.LAYERED,
+    "hunyuan-video": hunyuan_family.FAMILY, "hunyuan-video-i2v": hunyuan_family.FROM_PICTURE,
 }  # fmt: skip
 """Our name of a family -> what its checkpoints hold."""
 

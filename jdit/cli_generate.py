@@ -23,6 +23,7 @@ Examples:
   jdit generate "a castle" --model DIR --image sketch.png --strength 0.7
   jdit generate "a moon" --model DIR --image night.png --mask sky.png
   jdit generate "the dog of picture 1 on the sofa of picture 2" --model DIR --image dog.png --image sofa.png
+  jdit generate "a dog on a sofa" --model DIR --image dog.png --layers 4 -o layers.png
   jdit generate "a cat surfing" --model DIR --frames 81 --size 832x480 -o clip.mp4
   jdit generate "the cat jumps" --model DIR --image first.png --last-image last.png -o clip.mp4
   jdit generate "an oil painting" --model DIR --video clip.mp4 --strength 0.8 -o painted.mp4
@@ -89,6 +90,10 @@ class Size(click.ParamType):
               help="Videos to make of --image, each from the last frame of the one before.  [default: 1]")  # fmt: skip
 @click.option("--colour-match", type=click.FloatRange(0, 1),
               help="How far each segment is held to the colours of the one before.  [default: 0]")  # fmt: skip
+@click.option("--layers", type=click.IntRange(1),
+              help="To take --image apart into, each a png.  [default: 4]")  # fmt: skip
+@click.option("--resolution", type=int, help="Of the layers: 640 or 1024, squared, pixels.  [default: 640]")
+@click.option("--cfg-normalize", is_flag=True, help="Layers: guidance keeps the norm of the prediction.")
 @click.option("--strength", type=float,
               help="With --image or --video: how much is repainted, 0 to 1.  [default: the family's]")  # fmt: skip
 @click.option("--dynamic-guidance", is_flag=True, help="Guidance that changes from step to step (CogVideoX).")
@@ -117,7 +122,7 @@ def generate(prompts, model, output, grid, fps, dtype, mesh, rules, coordinator,
         distributed.same("options", {n: v for n, v in click.get_current_context().params.items() if n not in OWN})
         if distributed.first():
             media.check_target(output or Path("out.png"), (*media.FORMATS, *media.MOVIES))  # before anything slow
-        arguments = _arguments(**options)
+        arguments, texts = _arguments(**options), list(prompts)
         jax = import_jax()
         compilation_cache()
         from jdit.load import open_model
@@ -128,12 +133,12 @@ def generate(prompts, model, output, grid, fps, dtype, mesh, rules, coordinator,
         if "mask" in arguments and "mask" not in dry.takes:
             arguments["mask_video"] = arguments.pop("mask")
         dry.check(**arguments)
+        dry.check_prompt(texts)
         output = _target(output, dry, arguments.get("num_frames"), fps, grid)
         chosen = dtype if dtype != "auto" else "float32" if jax.default_backend() == "cpu" else "bfloat16"
         on_component = lambda name: status.update(f"loading {name}")
         space = None if room is None else 1e9 * room
         pipe = opened.pipeline(mesh=on, rules=rules, dtype=chosen, room=space, on_component=on_component)
-    texts = list(prompts)
     if pipe.segmented(arguments) and output.suffix.lower() in media.MOVIES:
         written, timings = write_segments(pipe, texts, output, fps, **arguments)
         return _report(written, start, timings)
@@ -179,7 +184,7 @@ def _arguments(
             raise click.BadParameter(
                 f"{skip_layers!r}: give layer numbers, as 7,8,9", param_hint="--skip-layers"
             ) from None
-    if pictures := [media.picture(path) for path in image]:
+    if pictures := [media.opened(path) for path in image]:
         arguments["image"] = pictures if len(pictures) > 1 else pictures[0]
     if "last_image" in arguments:
         arguments["last_image"] = media.picture(arguments["last_image"])
@@ -200,10 +205,10 @@ def _target(output: Path | None, pipe, num_frames: int | None, fps: float | None
         raise ValueError(f"--fps goes with videos; {family} makes pictures")
     if frames is None and output.suffix.lower() in media.MOVIES:
         raise ValueError(f"{output}: {family} makes pictures, no videos; there are {', '.join(media.FORMATS)}")
-    if frames is not None and grid:
-        raise ValueError(f"--grid lays pictures on a sheet; {family} makes videos")
+    if grid and (frames is not None or pipe.layered):
+        raise ValueError(f"--grid lays pictures on a sheet; {family} makes {'layers' if pipe.layered else 'videos'}")
     if distributed.first():
-        media.check_target(output, num_frames=frames)
+        media.check_target(output, num_frames=frames, layers=pipe.layered)
     if fps is not None:
         from jdit.video import check_rate
 

@@ -1,4 +1,4 @@
-"""Pictures in and out of arrays (Pillow). H W pixel rows and columns; RGB, uint8."""
+"""Pictures in and out of arrays (Pillow). H W pixel rows and columns, L layers; RGB or RGBA, uint8."""
 
 import contextlib
 import os
@@ -15,22 +15,33 @@ ANIMATIONS = (*MOVIES, ".gif", ".webp")
 Picture = np.ndarray | Image.Image | str | Path
 
 
-def picture(source: Picture) -> np.ndarray:
-    """A picture as uint8 (H, W, 3), from an array, a PIL image or a path. Transparency is laid on white,
-    and a file is turned as its EXIF orientation says.
+def opened(path: str | Path) -> Image.Image:
+    """A file's picture, read whole and turned as its EXIF orientation says.
+
+    Raises:
+        ValueError: a file that is no picture. FileNotFoundError: no such file.
+    """
+    if not Path(path).exists():
+        raise FileNotFoundError(f"no picture at {path}")
+    try:
+        image = Image.open(path)
+        image.load()
+        return ImageOps.exif_transpose(image)
+    except Exception as e:  # Pillow's parsers raise anything when bytes are missing
+        raise ValueError(f"{path} is not a picture that Pillow reads: {e}") from None
+
+
+def picture(source: Picture, *, alpha: bool = False) -> np.ndarray:
+    """A picture as uint8 (H, W, 3), from an array, a PIL image or a path. Transparency is laid on white, or with
+    `alpha` kept: (H, W, 4), opaque where a picture has none.
 
     Raises:
         ValueError: an array of another shape or dtype, or a file that is no picture. FileNotFoundError: no such file.
     """
     if isinstance(source, str | Path):
-        if not Path(source).exists():
-            raise FileNotFoundError(f"no picture at {source}")
-        try:
-            source = Image.open(source)
-            source.load()
-            source = ImageOps.exif_transpose(source)
-        except Exception as e:  # Pillow's parsers raise anything when bytes are missing
-            raise ValueError(f"{getattr(source, 'filename', source)} is not a picture that Pillow reads: {e}") from None
+        source = opened(source)
+    if isinstance(source, Image.Image) and alpha:
+        return np.asarray(source.convert("RGBA"))
     if isinstance(source, Image.Image):
         if source.mode in ("RGBA", "LA", "PA") or "transparency" in source.info:
             rgba = source.convert("RGBA")
@@ -38,8 +49,11 @@ def picture(source: Picture) -> np.ndarray:
             source = Image.alpha_composite(white, rgba)
         return np.asarray(source.convert("RGB"))
     array = np.asarray(source)
-    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] != 3:
-        raise ValueError(f"a picture is a uint8 array (H, W, 3), not {array.dtype} {array.shape}")
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] not in ((3, 4) if alpha else (3,)):
+        shapes = f"(H, W, 3){' or (H, W, 4)' * alpha}"
+        raise ValueError(f"a picture is a uint8 array {shapes}, not {array.dtype} {array.shape}")
+    if alpha and array.shape[-1] == 3:
+        return np.concatenate([array, np.full_like(array[..., :1], 255)], -1)
     return array
 
 
@@ -57,8 +71,11 @@ def as_uint8(pixels: np.ndarray) -> np.ndarray:
     return np.round(np.clip(pixels, 0, 1) * 255).astype(np.uint8)
 
 
-def check_target(path: str | Path, formats: Sequence[str] | None = None, *, num_frames: int | None = None) -> Path:
-    """The path, if something can be written there: a picture, or a video of `num_frames`, or one of `formats`.
+def check_target(
+    path: str | Path, formats: Sequence[str] | None = None, *, num_frames: int | None = None, layers: bool = False
+) -> Path:
+    """The path, if something can be written there: a picture, or `layers` of one, a video of `num_frames`, or one of
+    `formats`.
 
     Raises:
         ValueError: an unknown suffix. OSError: the folder is missing or not writable.
@@ -66,6 +83,8 @@ def check_target(path: str | Path, formats: Sequence[str] | None = None, *, num_
     if formats is None:
         formats = tuple({None: FORMATS, 1: MOVIES | FORMATS}.get(num_frames, ANIMATIONS))
     path = Path(path)
+    if layers and path.suffix.lower() != ".png":
+        raise ValueError(f"{path}: layers have transparency, they are written as .png")
     if path.suffix.lower() not in formats:
         what = "unknown suffix" if path.suffix.lower() not in FORMATS | MOVIES or num_frames is None else "no video is"
         raise ValueError(f"{path}: {what} {path.suffix!r}; there are {', '.join(formats)}")
@@ -79,13 +98,17 @@ def check_target(path: str | Path, formats: Sequence[str] | None = None, *, num_
 
 
 def save(pixels: np.ndarray, path: str | Path, *, fps: float | None = None) -> list[Path]:
-    """Write (B, H, W, 3) as B pictures: `path` itself for one, NAME-0.png, NAME-1.png and so on for several."""
-    if pixels.ndim != 4:
-        raise ValueError(f"pictures are (B, H, W, 3), not {pixels.shape}")
-    path, pixels = check_target(path), as_uint8(np.asarray(pixels))
+    """Write (B, H, W, 3) as B pictures: `path` itself for one, NAME-0.png, NAME-1.png and so on for several; or layers
+    (B, L, H, W, 4) as L such files for each of the B (NAME-0-0.png, NAME-0-1.png and so on for several)."""
+    layers = pixels.ndim == 5 and pixels.shape[-1] == 4
+    if pixels.ndim != 4 and not layers:
+        raise ValueError(f"pictures are (B, H, W, 3), or layers (B, L, H, W, 4), not {pixels.shape}")
+    path, pixels = check_target(path, layers=layers), as_uint8(np.asarray(pixels))
     del fps  # pictures have none
     names = numbered(path, len(pixels))
-    for name, frame in zip(names, pixels):
+    if layers:
+        names = [layer for name in names for layer in numbered(name, pixels.shape[1])]
+    for name, frame in zip(names, pixels.reshape(-1, *pixels.shape[-3:])):
         write(Image.fromarray(frame), name)
     return names
 

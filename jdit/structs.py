@@ -65,7 +65,8 @@ class Output:
     """The result of a call.
 
     Attributes:
-        pixels: (B, H, W, 3) or (B, T, H, W, 3), uint8, or float32 in [0, 1]; None where only latents were asked for.
+        pixels: (B, H, W, 3) or (B, T, H, W, 3), or layers with their opacity (B, L, H, W, 4), the lowest first; uint8,
+            or float32 in [0, 1]; None where only latents were asked for.
         latents: the last x, as the solver leaves it, float32, channels last.
         timings: seconds a stage. fps: frames a second of a video, None for pictures.
     """
@@ -76,7 +77,8 @@ class Output:
     fps: float | None = None
 
     def save(self, path: str | Path, *, fps: float | None = None) -> list[Path]:
-        """Write pictures (png, jpg, webp, gif by suffix) or videos (mp4, mov, gif, webp). Several get a number each.
+        """Write pictures (png, jpg, webp, gif by suffix), layers (png) or videos (mp4, mov, gif, webp). Several get a
+        number each.
 
         Args:
             fps: another rate than the result's own; pictures have none.
@@ -88,4 +90,5 @@ class Output:
 
         if self.pixels is None:
             raise ValueError("there are no pixels to save: the call was made with output='latents'")
-        return (video if self.pixels.ndim == 5 else media).save(self.pixels, path, fps=fps or self.fps)
+        videos = self.pixels.ndim == 5 and self.pixels.shape[-1] == 3
+        return (video if videos else media).save(self.pixels, path, fps=fps or self.fps)

@@ -85,6 +85,7 @@ PLANS = {
     "qwen-image": Plan(steps=50, guidance=4.0, max_text_tokens=512),
     "qwen-image-edit": Plan(steps=50, guidance=4.0),  # the picture has the size
     "qwen-image-edit-plus": Plan(steps=40, guidance=4.0),
+    "qwen-image-layered": Plan(steps=50, guidance=4.0, max_text_tokens=512),  # and its proportions
     "hunyuan-video": Plan(steps=50, guidance=6.0, height=720, width=1280, num_frames=129, fps=24.0),
     "hunyuan-video-i2v": Plan(steps=50, guidance=6.0, height=720, width=1280, num_frames=129, fps=24.0),
 }  # fmt: skip
@@ -207,9 +208,9 @@ _QWEN_SCHEDULER = {
 }  # fmt: skip
 
 
-def _qwen(family: str, source: str, about: str, transformer: Any = None, **plan: Any) -> Variant:
+def _qwen(family: str, source: str, about: str, transformer: Any = None, vae: Any = None, **plan: Any) -> Variant:
     components = {
-        "transformer": transformer or QwenImageConfig(), "vae": AutoencoderKLQwenImageConfig(),
+        "transformer": transformer or QwenImageConfig(), "vae": vae or AutoencoderKLQwenImageConfig(),
         "text_encoder": Qwen2_5VLConfig(),
     }  # fmt: skip
     return Variant(family, components, _QWEN_SCHEDULER, dataclasses.replace(PLANS[family], **plan), source, about)
@@ -229,6 +230,10 @@ _QWEN_VARIANTS = {
     "qwen-image-edit-2511": _qwen(
         "qwen-image-edit-plus", "Qwen/Qwen-Image-Edit-2511", "Qwen-Image-Edit, several pictures, 20B",
         QwenImageConfig(zero_cond_t=True),
+    ),
+    "qwen-image-layered": _qwen(
+        "qwen-image-layered", "Qwen/Qwen-Image-Layered", "Qwen-Image-Layered, a picture to its layers, 20B",
+        QwenImageConfig(added_t=True, layered=True), AutoencoderKLQwenImageConfig(in_channels=4, out_channels=4),
     ),
 }  # fmt: skip
 

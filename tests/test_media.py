@@ -68,6 +68,19 @@ def test_transparency_is_laid_on_white():
     assert (media.picture(clear) == 255).all()
 
 
+def test_transparency_is_kept(tmp_path):
+    """Where it is asked for; what has none is opaque."""
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 6, 4), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    for source in (pixels, Image.fromarray(pixels), tmp_path / "a.png"):
+        np.testing.assert_array_equal(media.picture(source, alpha=True), pixels)
+    opaque = np.dstack([pixels[..., :3], np.full((5, 6), 255, np.uint8)])
+    for source in (pixels[..., :3], Image.fromarray(pixels[..., :3])):
+        np.testing.assert_array_equal(media.picture(source, alpha=True), opaque)
+    with pytest.raises(ValueError, match=r"\(H, W, 3\) or \(H, W, 4\), not uint8 \(5, 6\)"):
+        media.picture(pixels[..., 0], alpha=True)
+
+
 def test_photos_are_turned(tmp_path):
     """Orientation 6 of EXIF: the first row is the right-hand side, as cameras write portraits."""
     image = Image.fromarray(draw()[0])

@@ -1,5 +1,5 @@
-"""Qwen-Image and Qwen-Image-Edit: diffusers folders, and single files of each component. Three families, for weights do
-not tell whether they generate or edit; the pipeline's class does."""
+"""Qwen-Image, Qwen-Image-Edit and Qwen-Image-Layered: diffusers folders, and single files of each component. Several
+families, for weights do not tell whether they generate or edit; the pipeline's class does."""
 
 import dataclasses
 
@@ -10,17 +10,18 @@ from convert.layout import Signature
 from jdit import zoo
 
 _DIT = ("img_in.weight", "txt_norm.weight", "transformer_blocks.{i}.attn.add_q_proj.weight")
-_MARK = (qwen_image.ZERO_COND_T,)  # Edit-2511's; unmarked files are taken to generate
+_MARKS = (qwen_image.ZERO_COND_T, qwen_image.KINDS)  # Edit-2511's, Layered's; unmarked files are taken to generate
 _VAE = ("encoder.conv1.weight", "encoder.middle.0.residual.2.weight", "decoder.head.2.weight")
 _PREFIX, _TEXT = "model.diffusion_model.", "text_encoders.qwen25_7b.transformer."
 
 
-def _signatures(family: str, marked: bool = False) -> tuple[Signature, ...]:
+def _signatures(family: str, *marks: str) -> tuple[Signature, ...]:
+    """Those of a family whose transformers have one of these marks ("" is none)."""
     prefixes = (_PREFIX, "transformer.", "")
+    has, lacks = lambda mark: (*_DIT, *filter(None, [mark])), lambda mark: tuple(m for m in _MARKS if m != mark)
     decoder = lambda p: (f"{p}embed_tokens.weight", f"{p}layers.{{i}}.self_attn.k_proj.bias", f"{p}norm.weight")
     return (
-        *(Signature(family, "transformer", (*_DIT, *_MARK), (), prefix) for prefix in prefixes if marked),
-        *(Signature(family, "transformer", _DIT, _MARK, prefix) for prefix in prefixes),
+        *(Signature(family, "transformer", has(mark), lacks(mark), prefix) for mark in marks for prefix in prefixes),
         *(Signature(family, "vae", _VAE, (), prefix) for prefix in ("vae.", "")),
         *(Signature(family, "text_encoder", decoder(p), (), at) for at in (_TEXT, "") for p in qwen2_5_vl.LANGUAGE),
     )
@@ -38,7 +39,7 @@ FAMILY = Family(
         "vae": Original(vae.CLASS, vae.original_config, vae.original_rules, "vae."),
         "text_encoder": Original(qwen2_5_vl.CLASS, single.qwen2_5_vl_config, qwen2_5_vl.rules, _TEXT),
     },
-    signatures=_signatures("qwen-image"),
+    signatures=_signatures("qwen-image", ""),
     ignored=("text_encoders.qwen25_7b.logit_scale",),
     beside={
         "text_encoder": ("qwen_2.5_vl_7b.safetensors", "qwen_2.5_vl_7b_fp8_scaled.safetensors"),
@@ -48,11 +49,17 @@ FAMILY = Family(
 EDIT = dataclasses.replace(
     FAMILY,
     pipelines=("QwenImageEditPipeline", "QwenImageEditInpaintPipeline"),
-    signatures=_signatures("qwen-image-edit"),
+    signatures=_signatures("qwen-image-edit", ""),
     processor=Processor("processor", "Qwen2VLProcessor", "tokenizer"),
 )
 EDIT_PLUS = dataclasses.replace(
     EDIT,
     pipelines=("QwenImageEditPlusPipeline",),
-    signatures=_signatures("qwen-image-edit-plus", marked=True),
+    signatures=_signatures("qwen-image-edit-plus", qwen_image.ZERO_COND_T, ""),
+)
+LAYERED = dataclasses.replace(
+    EDIT,
+    pipelines=("QwenImageLayeredPipeline",),
+    signatures=_signatures("qwen-image-layered", qwen_image.KINDS),
+    beside={**FAMILY.beside, "vae": ("qwen_image_layered_vae.safetensors",)},
 )

@@ -50,6 +50,7 @@ class Pipeline:
 
     takes: ClassVar[tuple[str, ...]]  # the arguments of this family, beside the prompt
     of_text: ClassVar[tuple[str, ...]] = ("max_text_tokens",)  # those of them that encoding a prompt takes
+    layered: ClassVar[bool] = False  # whether a picture is given, and results are layers, with transparency
 
     def __init__(self, parts: Parts, weights: Weights, *, mesh: Mesh | None = None):
         self.parts, self.weights, self.mesh = parts, weights, mesh
@@ -133,6 +134,13 @@ class Pipeline:
                 self.pictures(arguments[name])
         self.ready()
 
+    def check_prompt(self, prompt: Any):
+        """Refuse a prompt that the family cannot take before anything is loaded or run; raises what the call would.
+
+        Raises:
+            ValueError: as the call.
+        """
+
     def pictures(self, given: Any) -> list[np.ndarray]:
         """The pictures that an argument holds, read: one, but in families that take several.
 
@@ -141,7 +149,7 @@ class Pipeline:
         """
         if isinstance(given, list | tuple):
             raise ValueError(f"{self.parts.family} takes one picture in its place, not a list of {len(given)}")
-        return [media.picture(given)]
+        return [media.picture(given, alpha=self.layered)]
 
     def problems(self, given: Mapping[str, Any]) -> list[str]:
         """What is wrong with a family's own arguments, beyond single numbers: a line each."""
@@ -285,6 +293,10 @@ class Pipeline:
         dynamic = config.get("use_dynamic_shifting")
         if dynamic and tokens is None:
             raise ValueError(f"use_dynamic_shifting={dynamic}: {self.parts.family} has no shift by size")
-        mu = sampling.dynamic_mu(config, tokens or 0) if dynamic else None
+        mu = self._mu(config, tokens or 0) if dynamic else None
         shift = or_(shift, self.plan.shift)
         return sampling.from_config(config, steps, mu=mu, shift=shift, begin=begin, sigmas=sigmas)
+
+    def _mu(self, config: Mapping[str, Any], tokens: int) -> float:
+        """The shift of schedulers that shift by size."""
+        return sampling.dynamic_mu(config, tokens)

@@ -55,7 +55,7 @@ def result(values: Mapping[str, Any], timings: dict[str, float], fps: float | No
 
 WHOLE = (
     "height", "width", "num_frames", "steps", "num_outputs", "max_text_tokens", "segment_frames", "overlap_frames",
-    "num_segments",
+    "num_segments", "layers",
 )  # fmt: skip
 FINITE = (
     "guidance", "guidance_2", "true_guidance", "shift", "strength", "skip_layer_scale", "skip_layer_start",

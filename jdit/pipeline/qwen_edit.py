@@ -115,11 +115,6 @@ class QwenImageEditing(QwenImageGeneration):
 
     # ---- the call
 
-    def usual_stages(self) -> list[Stage]:
-        """See the base class."""
-        text, *rest = super().usual_stages()
-        return [text, stage.ENCODE_PICTURES, *rest]
-
     def _redraws(self, a: Mapping[str, Any]) -> bool:
         return a.get("mask") is not None
 

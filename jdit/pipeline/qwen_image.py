@@ -1,5 +1,5 @@
 """Qwen-Image: text to image, image to image and inpainting (upstream pipelines/qwenimage/pipeline_qwenimage.py,
-[_img2img.py, _inpaint.py]). Editing is in `qwen_edit`, the stages are in `qwen_stages`."""
+[_img2img.py, _inpaint.py]). Editing is in `qwen_edit`, layers are in `qwen_layered`, the stages in `qwen_stages`."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -47,6 +47,7 @@ class QwenImageGeneration(base.Pipeline):
     template: ClassVar[Template] = GENERATE
     several: ClassVar[bool] = False  # whether a call takes several pictures
     strength: ClassVar[float] = 0.6
+    cfg_normalize: ClassVar[bool] = True  # whether guidance keeps the norm of the positive prediction
 
     # ---- what the checkpoint is
 
@@ -76,8 +77,13 @@ class QwenImageGeneration(base.Pipeline):
                 f"transformer takes {cfg.in_channels} and gives {cfg.out_channels} channels of latents, the vae has "
                 f"{vae.latent_channels}"
             )
-        if cfg.layered or cfg.added_t or vae.in_channels != 3:
-            out.append("this is the model of layered pictures, which are not supported; one picture of 3 channels is")
+        if (cfg.layered or cfg.added_t) and not cls.layered:
+            out.append(
+                "transformer has use_additional_t_cond or use_layer3d_rope: it makes layers of a picture, which goes "
+                "with QwenImageLayeredPipeline"
+            )
+        if vae.in_channels != (channels := 4 if cls.layered else 3):
+            out.append(f"vae takes pictures of {vae.in_channels} channels, {parts.family} needs {channels}")
         if vae.space_factor != vae.pixel_factor:
             out.append(
                 f"vae: temperal_downsample has {len(vae.temporal)} values for {len(vae.multipliers)} levels; "
@@ -119,7 +125,7 @@ class QwenImageGeneration(base.Pipeline):
             raise ValueError(
                 f"{len(several)} pictures; {self.parts.family} takes one{' or several' * self.several} as image"
             )
-        return [media.picture(p) for p in several]
+        return [media.picture(p, alpha=self.layered) for p in several]
 
     def problems(self, given: Mapping[str, Any]) -> list[str]:
         """See the base class."""
@@ -171,7 +177,8 @@ class QwenImageGeneration(base.Pipeline):
     def usual_stages(self) -> list[Stage]:
         """See the base class."""
         solving = stage.solving(tabled=modulation.tabled(*self._modulation(self.plan.steps)))
-        return [stage.ENCODE_TEXT, stage.PREPARE, *solving, stage.DECODE]
+        pictured = [stage.ENCODE_PICTURES] if self._shown > 1 else []
+        return [stage.ENCODE_TEXT, *pictured, stage.PREPARE, *solving, stage.DECODE]
 
     def tables(self) -> dict[str, int]:
         """See the base class."""
@@ -188,14 +195,15 @@ class QwenImageGeneration(base.Pipeline):
 
     def activations(self) -> float:
         """See the base class; by count: about 28 bytes a token and width in the transformer (as Wan's), and eight
-        pictures at full size in the autoencoder."""
+        times each picture at full size in the autoencoder."""
         cfg, vae, rows = self._cfg, self._vae, self.rows
         height, width = self.size()
         tokens = self.plan.max_text_tokens + self.tokens()
         bytes_a_value = np.dtype(jnp.dtype(vae.dtype)).itemsize
-        return max(rows * 28 * tokens * cfg.width, 8 * height * width * vae.width * bytes_a_value)
+        return max(rows * 28 * tokens * cfg.width, 8 * height * width * vae.width * bytes_a_value * self._decoded)
 
-    _shown: ClassVar[int] = 1  # pictures that the transformer sees in a usual call, that which it makes included
+    _shown: ClassVar[int] = 1  # pictures that the transformer sees in a usual call, those which it makes included
+    _decoded: ClassVar[int] = 1  # pictures of an output
 
     def table(
         self, height: int, width: int, steps: int, *, shift=None, solver=None, strength: float | None = None
@@ -209,6 +217,10 @@ class QwenImageGeneration(base.Pipeline):
     def run_size(self, given: Mapping[str, Any]) -> tuple[int, int]:
         """The size of a call, whose pictures may say it."""
         return self.size(given.get("height"), given.get("width"))
+
+    def _layers(self, a: Mapping[str, Any]) -> tuple[int, ...]:
+        """The axes of latents before rows and columns."""
+        return ()
 
     def _redraws(self, a: Mapping[str, Any]) -> bool:
         """Whether a call begins with a noised picture."""
@@ -239,13 +251,14 @@ class QwenImageGeneration(base.Pipeline):
         with self.on_mesh():
             prompt = self._prompt(prompt, a, guided, timings)
             count = prompt.positive.states.shape[0] * a["num_outputs"]
-            shape = (count, height // factor, width // factor, self._cfg.in_channels)
+            shape = (count, *self._layers(a), height // factor, width // factor, self._cfg.in_channels)
             values: dict[str, Any] = {
                 "positive": prompt.positive, "negative": prompt.negative if guided else None,
                 "noise": calls.first_noise(a, shape), "clean": None, "table": table,
                 "mask": None if mask is None else jnp.asarray(mask), "guidance": jnp.float32(scale) if guided else None,
                 "keys": calls.solver_keys(a["seed"], count, table.stochastic), "output": a["output"],
                 "image_keys": calls.posterior_keys(a["seed"], count), "report": a["on_step"] is not None,
+                "cfg_normalize": bool(or_(a.get("cfg_normalize"), self.cfg_normalize)),
                 "two_passes": bool(a.get("two_passes")), "vae_tiling": bool(a.get("vae_tiling")),
                 "vae_slicing": bool(a.get("vae_slicing")), "modulation": None,
             }  # fmt: skip

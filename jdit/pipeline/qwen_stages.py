@@ -1,7 +1,7 @@
 """The stages of Qwen-Image's pipelines (upstream pipelines/qwenimage).
 
 B outputs, P prompts, N tokens of the prompt's template and text, L text tokens that the transformer sees, H W pixel
-rows and columns, h w latent rows and columns, C latent channels, S steps.
+rows and columns, h w latent rows and columns, C latent channels, S steps, T layers of latents (layered pictures).
 """
 
 import functools
@@ -22,6 +22,7 @@ from jdit.sampling import guidance as guide
 from jdit.structs import Text
 
 Latents = Float[Array, "B h w C"]
+Made = Float[Array, "B *T h w C"]
 
 
 def encode_text(encoder: Qwen2_5VL, tokens, lengths, positions, pictures: Sequence[Array], drop: int) -> Text:
@@ -35,7 +36,7 @@ def encode_text(encoder: Qwen2_5VL, tokens, lengths, positions, pictures: Sequen
     return Text(encoder.padded(tokens, lengths, drop, features, positions), lengths=lengths - drop)
 
 
-def encode_image(vae: AutoencoderKLQwenImage, image: UInt8[Array, "1 H W 3"], keys, tiling: bool) -> Latents:
+def encode_image(vae: AutoencoderKLQwenImage, image: UInt8[Array, "1 H W _"], keys, tiling: bool) -> Latents:
     """A picture to latents: a draw from the posterior for each key, its mode without keys."""
     unit = image[:, None].astype(jnp.float32) / 127.5 - 1
     posterior = vae.encode(unit, tiles=Tiles() if tiling else None)
@@ -44,7 +45,7 @@ def encode_image(vae: AutoencoderKLQwenImage, image: UInt8[Array, "1 H W 3"], ke
 
 
 def encode_pictures(vae: AutoencoderKLQwenImage, images, tiling: bool) -> tuple[Latents, ...]:
-    """Pictures to be edited, each of its own size, to latents: the mode of the posterior."""
+    """Pictures to be edited or taken apart, each of its own size, to latents: the mode of the posterior."""
     return tuple(encode_image(vae, image, None, tiling) for image in images)
 
 
@@ -62,16 +63,17 @@ def modulate(transformer: QwenImage, table: sampling.Table) -> Modulation:
 
 
 def denoise(
-    transformer: QwenImage, x: Latents, text: Text, pictures, clean, mask: Bool[Array, "1 h w 1"] | None,
-    mods: Modulation | None, table: sampling.Table, scale, keys, two_passes: bool, report: bool,
-) -> Latents:  # fmt: skip
+    transformer: QwenImage, x: Made, text: Text, pictures, clean, mask: Bool[Array, "1 h w 1"] | None,
+    mods: Modulation | None, table: sampling.Table, scale, keys, normalize: bool, two_passes: bool, report: bool,
+) -> Made:  # fmt: skip
     """The sampling loop. Modulation of all steps and the text projection are computed before it.
 
     Args:
         mods: of each step; None makes it in the steps.
         pictures: latents of the pictures to be edited, which the transformer sees beside the noise.
         mask: what is to be generated; the rest stays as in `clean`. None is all.
-        scale: of guidance, after which every token has the norm of the positive prediction; None is off.
+        scale: of guidance, None is off.
+        normalize: after guidance every token has the norm of the positive prediction.
     """
 
     of_step = modulation.at(mods, transformer.modulation_table)
@@ -86,17 +88,21 @@ def denoise(
         parts = (jax.tree.map(lambda a, at=at: a[at], text) for at in (slice(half), slice(half, None)))
         negative, positive = (functools.partial(predict, text=part) for part in parts)
         pair = guide.separate(negative, positive) if two_passes else guide.one_batch(model)
-        model = guide.guided(pair, sampling.linear(scale), sampling.keep_norm(transformer.cfg.patch))
+        terms = [sampling.linear(scale), *([sampling.keep_norm(transformer.cfg.patch)] if normalize else [])]
+        model = guide.guided(pair, *terms)
     if mask is not None:
         model = guide.keep_known(model, clean, mask, lambda row: row[1])
     rows = mods, (table.x0_x, table.x0_out)
     return sampling.solve(model, x, table, key=keys, per_step=rows, on_step=calls.report_step if report else None)
 
 
-def decode(vae: AutoencoderKLQwenImage, latents: Latents, kind: str, tiling: bool, slicing: bool):
-    """Latents to pixels, whole, by tiles, or a picture at a time."""
-    z, tiles = vae.denormalise(latents[:, None]), Tiles() if tiling else None
-    return calls.decode_video(vae, z, 1, kind=kind, tiles=tiles, slicing=slicing, report=False)[:, 0]
+def decode(vae: AutoencoderKLQwenImage, latents: Made, kind: str, tiling: bool, slicing: bool):
+    """Latents to pixels, whole, by tiles, or a picture at a time; of layers all but the first, which is the picture
+    that they make together."""
+    latents, tiles = latents if latents.ndim == 4 else latents[:, 1:], Tiles() if tiling else None
+    z = vae.denormalise(latents.reshape(-1, 1, *latents.shape[-3:]))
+    pixels = calls.decode_video(vae, z, 1, kind=kind, tiles=tiles, slicing=slicing, report=False)
+    return pixels.reshape(*latents.shape[:-3], *pixels.shape[2:])
 
 
 def known(pictures: Sequence[Latents]) -> Latents:
@@ -118,8 +124,9 @@ KNOWN = Stage("known", known, (), ("pictures",), ("clean",), host=True)
 PREPARE = Stage("prepare", prepare, (), ("positive", "negative", "noise", "clean", "table"), ("x", "text"))
 DENOISE = Stage(
     "denoise", denoise, ("transformer",),
-    ("x", "text", "pictures", "clean", "mask", "modulation", "table", "guidance", "keys", "two_passes", "report"),
-    ("latents",), ("two_passes", "report"), frees=("modulation",),
+    ("x", "text", "pictures", "clean", "mask", "modulation", "table", "guidance", "keys", "cfg_normalize", "two_passes",
+     "report"),
+    ("latents",), ("cfg_normalize", "two_passes", "report"), frees=("modulation",),
 )  # fmt: skip
 DECODE = Stage(
     "decode", decode, ("vae",), ("latents", "output", "vae_tiling", "vae_slicing"), ("pixels",),

@@ -16,24 +16,18 @@ diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
 
 from safetensors.torch import save_file  # noqa: E402
-from test_autoencoder_kl_qwen_image import KINDS  # noqa: E402
-from test_autoencoder_kl_wan import randomise as randomise_vae  # noqa: E402
 from test_qwen_image_pipeline import NEGATIVE, PROMPTS, RUN, SIZE, mask  # noqa: E402
 from util_qwen2_5_vl import TEXT, VISION, upstream  # noqa: E402
 from util_qwen_image import transformer  # noqa: E402
-from util_qwen_image_pipeline import components, latents, picture, saved, smaller  # noqa: E402
+from util_qwen_image_pipeline import components, latents, original_vae, picture, saved, smaller  # noqa: E402
 from util_sd3 import error  # noqa: E402
 
 import jdit  # noqa: E402
-from convert import registry, stream, write  # noqa: E402
-from convert.autoencoder_kl_qwen_image import original_rules as vae_rules  # noqa: E402
 from convert.qwen_image import ZERO_COND_T  # noqa: E402
-from convert.readers import open_folder  # noqa: E402
 from convert.source import open_source  # noqa: E402
-from jdit import media, sharding  # noqa: E402
+from jdit import media  # noqa: E402
 from jdit.cli import main  # noqa: E402
 from jdit.load import Opened, open_model  # noqa: E402
-from jdit.nn.vae.autoencoder_kl_wan_config import MEAN_21, STD_21  # noqa: E402
 from jdit.pipeline import qwen_edit  # noqa: E402
 from jdit.pipeline.qwen_edit import QwenImageEditing  # noqa: E402
 from jdit.sharding import make_mesh  # noqa: E402
@@ -165,17 +159,7 @@ def test_a_converted_model_is_the_same(folders, make, tmp_path):
 @pytest.mark.parametrize("mark", [True, False], ids=["edit-2511", "qwen-image"])
 def test_single_files(mark, tmp_path):
     """The transformer in a file, and beside it what ComfyUI keeps elsewhere; only Edit-2511's says what it is for."""
-    config = dict(KINDS["flat"], latents_mean=list(MEAN_21), latents_std=list(STD_21))
-    folder = tmp_path / "vae"
-    randomise_vae(diffusers.AutoencoderKLQwenImage(**config)).save_pretrained(folder)
-    vae = registry.COMPONENTS["AutoencoderKLQwenImage"]
-    cfg = vae.config(json.loads((folder / "config.json").read_text()))
-    with open_folder(folder) as reader:
-        leaves = {
-            sharding.dotted(p): a for p, a in stream.load_leaves(reader, vae.rules(cfg), vae.targets(cfg)).items()
-        }
-    write.write_tensors(tmp_path / "qwen_image_vae.safetensors", write.outputs(leaves, vae_rules(cfg)))
-    shutil.rmtree(folder)
+    cfg = original_vae(tmp_path / "qwen_image_vae.safetensors")
     kw = dict(attention_head_dim=32, axes_dims_rope=(4, 14, 14), in_channels=64, out_channels=16, num_layers=1)
     kw["joint_attention_dim"] = 256
     tensors = {f"model.diffusion_model.{k}": v for k, v in transformer(**kw, zero_cond_t=mark).state_dict().items()}
@@ -237,7 +221,6 @@ def test_components_that_do_not_fit(folders, tmp_path):
 
     assert not misfits()
     assert "takes 5 and gives 4 channels of latents, the vae has 4" in misfits("transformer", in_channels=5)
-    assert "this is the model of layered pictures" in misfits("transformer", layered=True)
     assert "reads states of width 24, but those of the text_encoder have 40" in misfits("transformer", text_dim=24)
     said = "temperal_downsample has 4 values for 4 levels; 3 would fit"
     assert said in misfits("vae", temporal=(False, True, True, False), space_factor=16)
