@@ -227,7 +227,7 @@ def test_experts_and_encoder_take_turns(folders, monkeypatch):
     call = {**SHORT, **SIZE, "steps": 4, "on_step": lambda *told: None}
     want = jdit.load(folders("t2v-experts"), dtype="float32")("a cat", **call).latents
     opened = open_model(folders("t2v-experts"))
-    monkeypatch.setattr(memory, "room", lambda activations: opened.memory(dtype="float32", room=0).least)
+    monkeypatch.setattr(memory, "room", lambda *_: opened.memory(dtype="float32", room=0).least)
     pipe = opened.pipeline(dtype="float32")
     turns = [f"{n}/{part}" for n in EXPERTS.values() for part in ("modulation", "loop")]
     assert set(turns) <= pipe.weights.waiting.keys()
