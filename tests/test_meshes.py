@@ -1,6 +1,7 @@
 """Every family's transformer and every autoencoder: eight devices give the numbers of one, on each kind of mesh."""
 
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -181,6 +182,37 @@ def test_eight_devices_equal_one(alone, sizes, rules):
         kernel = {sharding.dotted(p): leaf for p, leaf in leaves.items()}[case.spread]
         ways = (8 if rules.embed else 1) * sizes.get("tensor", 1)
         assert np.prod(kernel.sharding.shard_shape(kernel.shape)) * ways == np.prod(kernel.shape)
+
+
+WIDTH, TENSOR = ("data", "sequence"), "tensor"
+SPECS = {  # what a parameter is called -> how its last dimensions are spread under FSDP, on a mesh of all axes
+    r"(q|k|v|up)\.kernel": (WIDTH, TENSOR),
+    r"(qkv|kv|image_kv|mod|time_mod|final_mod)\.kernel": (WIDTH, None, TENSOR),
+    r"(qkv|kv|image_kv|q|up|mod|time_mod|final_mod)\.bias": (TENSOR,),
+    r"(down|out)\.kernel": (TENSOR, WIDTH),
+    r"(down|out|patch|text|context|pose|proj)\.bias": (WIDTH,),
+    r"(patch|text|context|pose|proj)\.kernel": (None, WIDTH),
+    r"pos": (WIDTH,),
+    r"final\.kernel": (WIDTH, None),
+    r"(final|token|basis|.*norm.*|conv.*|linear.*|skip|.*table)(\.(kernel|bias|scale))?": (None,),
+}
+OTHERS = {  # their inputs are of another width than the model's
+    r"(time|guidance|pooled|refiner\.time|refiner\.pooled|ofs)\.up\.kernel": (None, TENSOR),
+    r"motion\.out\.kernel|face\.out\.kernel": (None, WIDTH),
+}
+
+
+@pytest.mark.parametrize("case", [c for c in CASES.values() if c.spread], ids=[n for n, c in CASES.items() if c.spread])
+def test_specs_of_parameters(case):
+    rules = Rules.fsdp()
+    leaves = sharding.abstract(make(case, rules), planned_mesh(data=2, sequence=2, tensor=2), rules)[1]
+    for path, leaf in leaves.items():
+        whole, last = sharding.dotted(path), [p for p in map(str, path) if not p.isdigit()]
+        near = ".".join(last[-2:]) if last[-1] in ("kernel", "bias", "scale") else last[-1]
+        want = next((v for n, v in OTHERS.items() if re.search(rf"(^|\.)({n})$", whole)), None)
+        want = want or next(v for n, v in SPECS.items() if re.fullmatch(n, near))
+        spec = tuple(leaf.sharding.spec) + (None,) * (len(leaf.shape) - len(leaf.sharding.spec))
+        assert spec[-len(want) :] == want and not any(spec[: -len(want)]), whole
 
 
 FULL = {
