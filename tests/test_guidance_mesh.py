@@ -25,8 +25,8 @@ UNIPC = {"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True, "pre
 DDIM = {"_class_name": "CogVideoXDDIMScheduler", "prediction_type": "v_prediction"}
 COLLECTIVES = "all-gather|all-reduce|all-to-all|collective|reduce-scatter"
 COMMON = {
-    "clean": None, "skip": None, "keys": None, "report": False, "two_passes": False, "tokens": None, "channels": None,
-    "first": None, "held": None, "pictures": (), "mask": None, "modulation": None,
+    "clean": None, "skip": None, "keys": None, "report": False, "cfg_normalize": True, "two_passes": False,
+    "tokens": None, "channels": None, "first": None, "held": None, "pictures": (), "mask": None, "modulation": None,
 }  # fmt: skip
 
 

@@ -66,7 +66,7 @@ def test_full_size(name):
         1,
         *((33, 90, 160, 17) if first is None else (1, 90, 160, 16)),
     )
-    assert pipe._tokens == count and 1e9 < dry(name, "bfloat16").activations() < 60e9
+    assert pipe._text_tokens == count and 1e9 < dry(name, "bfloat16").activations() < 60e9
 
 
 def test_frames():

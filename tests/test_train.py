@@ -353,6 +353,7 @@ def trained(tmp_path_factory) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_stages_leave_sheets_logs_and_figures(trained):
     assert [p.name for p in (trained / "vae" / "sheets").iterdir()] == ["vae_0000002.png"]
     assert [p.name for p in (trained / "mmdit" / "sheets").iterdir()] == ["flow_0000002.png"]
@@ -361,12 +362,14 @@ def test_stages_leave_sheets_logs_and_figures(trained):
     assert {"top1", "top5", "colour"} <= json.loads((trained / "mmdit" / loop.RESULT).read_text()).keys()
 
 
+@pytest.mark.slow
 def test_latents_are_normalised(trained):
     written = json.loads((trained / "vae" / "vae" / "config.json").read_text())
     figures = json.loads((trained / "vae" / loop.RESULT).read_text())
     assert written["scaling_factor"] == figures["latent_scale"] and written["shift_factor"] == figures["latent_shift"]
 
 
+@pytest.mark.slow
 def test_export_loads_and_generates(trained, caplog):
     with caplog.at_level(logging.WARNING, "jdit"):
         pipe = jdit.load(trained / "model", dtype="float32")
@@ -376,6 +379,7 @@ def test_export_loads_and_generates(trained, caplog):
     assert pipe.components["text_encoder_2"].cfg.act == "gelu"
 
 
+@pytest.mark.slow
 def test_sampler_agrees_with_the_pipeline(trained):
     """The training's context (one zero token for 256) and times are those of inference."""
     from jdit.train.flow import FlowTask
