@@ -15,6 +15,8 @@ from jdit.pipeline.base import Parts
 from jdit.pipeline.executor import Weights, check_wiring
 from jdit.structs import Text
 
+pytestmark = pytest.mark.slow
+
 NAME = "wan2.2-animate-14b"
 
 

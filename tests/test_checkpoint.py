@@ -245,6 +245,7 @@ checkpoint.save(sys.argv[1], {"family": "toy"}, {n: [leaf] for n in "abcd"})
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_interrupted_saves_leave_nothing_that_loads(tmp_path, how):
     """Killed at random moments; the last time one runs through."""

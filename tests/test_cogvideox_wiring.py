@@ -15,6 +15,8 @@ from jdit.pipeline.cogvideox import TEXT, CogVideoXVideo, stages
 from jdit.pipeline.executor import Weights, check_wiring
 from jdit.structs import Text
 
+pytestmark = pytest.mark.slow
+
 NAMES = [n for n, v in zoo.VARIANTS.items() if v.family == "cogvideox"]
 LATENTS = {n: (13, 60, 90, 16) if "1.5" not in n else (22, 96, 170, 16) for n in NAMES}
 PIXELS = {n: (49, 480, 720, 3) if "1.5" not in n else (81, 768, 1360, 3) for n in NAMES}

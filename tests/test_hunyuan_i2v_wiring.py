@@ -16,6 +16,8 @@ from jdit.pipeline.executor import Weights, check_wiring
 from jdit.pipeline.hunyuan_i2v import HunyuanVideoFromPicture
 from jdit.structs import Text
 
+pytestmark = pytest.mark.slow
+
 NAMES = [n for n, v in zoo.VARIANTS.items() if v.family == "hunyuan-video-i2v"]
 TOKENS = {"hunyuan-video-i2v": 144 + 252, "hunyuan-video-i2v-33ch": 288 + 252}
 FRAMES = {"hunyuan-video-i2v": 129, "hunyuan-video-i2v-33ch": 125}

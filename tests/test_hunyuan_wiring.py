@@ -21,6 +21,8 @@ from jdit.pipeline.given import GivenFrames
 from jdit.pipeline.hunyuan_video import HunyuanVideoGeneration
 from jdit.structs import Text
 
+pytestmark = pytest.mark.slow
+
 NAMES = [n for n, v in zoo.VARIANTS.items() if v.family == "hunyuan-video"]
 STATES, POOLED = (256, 4096), (768,)
 

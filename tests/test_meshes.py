@@ -223,6 +223,7 @@ FULL = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cfg", FULL, ids=FULL.values())
 def test_full_size_weights_are_spread(cfg):
     """Of 8 devices each has an eighth of the weights under FSDP, but for 3%, and of a transformer's two eighths at most

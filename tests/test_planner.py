@@ -16,6 +16,8 @@ from jdit.pipeline import memory
 from jdit.pipeline.executor import Stage
 from jdit.pipeline.planner import FEW, Why, Work, propose
 
+pytestmark = pytest.mark.slow
+
 GB = 1e9
 H100, V5E = 80 * GB, 16 * GB
 

@@ -17,6 +17,8 @@ from jdit.pipeline.families import PIPELINES
 from jdit.sharding import count
 from jdit.structs import Text
 
+pytestmark = pytest.mark.slow
+
 SIZES = {
     "qwen-image": (1328, 1328), "qwen-image-edit": (832, 1248), "qwen-image-edit-2509": (832, 1248),
     "qwen-image-edit-2511": (832, 1248), "qwen-image-layered": (512, 768),

@@ -41,6 +41,7 @@ def relative(a, b):
     return float(np.linalg.norm(np.asarray(a) - np.asarray(b)) / np.linalg.norm(np.asarray(b)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rules", [Rules(), FSDP], ids=["plain", "fsdp"])
 def test_mmdit_equals_one_device(rules):
     """All families on all meshes are in test_meshes.py; this one also runs in Flax's tree mode."""

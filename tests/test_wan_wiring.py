@@ -16,6 +16,8 @@ from jdit.pipeline.wan import WanVideo
 from jdit.pipeline.wan_prompts import TEXT
 from jdit.structs import Text
 
+pytestmark = pytest.mark.slow
+
 NAMES = [n for n, v in zoo.VARIANTS.items() if v.family == "wan"]
 LATENTS = {  # of a run with the variant's own size: frames, rows, columns, channels
     "wan2.1-t2v-1.3b": (21, 60, 104, 16), "wan2.1-t2v-14b": (21, 60, 104, 16), "wan2.1-i2v-14b-480p": (21, 60, 104, 16),
