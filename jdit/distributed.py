@@ -216,7 +216,7 @@ def _end(why: Failure):
     leaves when the others have heard."""
     if _first_end.acquire(blocking=False):
         state = _state()
-        print(f"jdit: {why}", file=sys.stderr, flush=True)
+        print(f"jdit: {why}", file=sys.stderr, flush=True)  # not logged: nothing that is open gets closed from here on
         with contextlib.suppress(Exception):
             state.client.key_value_set(f"{ENDED}/{state.process_id}", "")
             until = time.monotonic() + 2 * GRACE

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from util_random import randomised
+from util_random import noise, randomised, shapes
 
 from jdit.nn.vae import autoencoder_kl_cogvideox
 from jdit.nn.vae.autoencoder_kl_cogvideox import AutoencoderKLCogVideoX
@@ -17,20 +17,6 @@ decode = jax.jit(lambda vae, z: vae.decode(z))
 encode = jax.jit(lambda vae, x: vae.moments(x))
 decode_batch = jax.jit(lambda vae, z, cache: vae.decode_batch(z, cache))
 encode_batch = jax.jit(lambda vae, x, cache: vae.encode_batch(x, cache))
-
-
-def error(got, want) -> float:
-    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
-    assert got.shape == want.shape
-    return float(np.linalg.norm(got - want) / np.linalg.norm(want))
-
-
-def noise(*shape: int, seed: int = 1) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
-
-
-def shapes(*shape: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
 Z, X = noise(2, 5, 4, 3, 3), noise(2, 17, 8, 6, 3)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from util_random import randomised
+from util_random import error, noise, randomised, shapes
 
 from jdit import sharding
 from jdit.nn.vae import causal
@@ -17,20 +17,6 @@ from jdit.nn.vae.tiling import FrameTiles, Tiles
 TINY = AutoencoderKLHunyuanVideoConfig(channels=(2, 4, 4), latent_channels=3, layers=1, groups=2, space_factor=4)
 decode = jax.jit(lambda vae, z: vae.decode(z))
 encode = jax.jit(lambda vae, x: vae.moments(x))
-
-
-def error(got, want) -> float:
-    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
-    assert got.shape == want.shape
-    return float(np.linalg.norm(got - want) / np.linalg.norm(want))
-
-
-def noise(*shape: int, seed: int = 1) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
-
-
-def shapes(*shape: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
 Z, X = noise(2, 9, 4, 3, 3), noise(2, 33, 16, 9, 3)

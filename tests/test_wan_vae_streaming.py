@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from util_random import randomised
+from util_random import error, noise, randomised
 
 from jdit.nn.vae import causal
 from jdit.nn.vae.autoencoder_kl_wan import AutoencoderKLWan
@@ -24,16 +24,6 @@ decode = jax.jit(lambda vae, z: vae.decode(z))
 encode = jax.jit(lambda vae, x: vae.moments(x))
 decode_chunk = jax.jit(lambda vae, z, cache: vae.decode_chunk(z, cache))
 encode_chunk = jax.jit(lambda vae, x, cache: vae.encode_chunk(x, cache))
-
-
-def error(got, want) -> float:
-    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
-    assert got.shape == want.shape
-    return float(np.linalg.norm(got - want) / np.linalg.norm(want))
-
-
-def noise(*shape: int, seed: int = 1) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
 def build(cfg: AutoencoderKLWanConfig) -> AutoencoderKLWan:

@@ -1,4 +1,4 @@
-"""Modules whose every leaf is random, norms and biases too."""
+"""Modules whose every leaf is random, norms and biases too; what they are given, and how results are compared."""
 
 from collections.abc import Callable
 
@@ -21,3 +21,18 @@ def values(make: Callable[[], nnx.Module]) -> dict[sharding.Path, jax.Array]:
 
 def randomised(make: Callable[[], nnx.Module]):
     return sharding.assemble(make, values(make))
+
+
+def noise(*shape: int, seed: int = 1) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def shapes(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def error(got, want) -> float:
+    """||got - want|| / ||want||."""
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    assert got.shape == want.shape
+    return float(np.linalg.norm(got - want) / np.linalg.norm(want))

@@ -108,7 +108,7 @@ def _mesh(work: Work, devices: int) -> tuple[dict[str, int], list[Reason]]:
 
 
 def _rules(sizes: Mapping[str, int], memory: Memory) -> tuple[str, MemoryPlan, list[Reason]]:
-    plain = "replicated"  # the tensor axis sends twice a layer what sequence does, and is for meshes that are given
+    plain = "replicated"  # no tensor axis is proposed: its layers send the activations of all tokens
     first = memory(sizes, plain)
     if first.room is None:
         return plain, first, [Reason(Why.UNKNOWN, f"{plain}: memory of a device is unknown; {_peak(first)} are wanted")]
