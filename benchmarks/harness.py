@@ -209,14 +209,15 @@ def main(
     parser.add_argument("--case", choices=cases, help="run one case in this process and print its row")
     parser.add_argument("--only", default="", help="run the cases that contain one of these texts (a,b)")
     parser.add_argument("--out", default=os.path.basename(script)[:-3], help="path of the results, without suffix")
+    parser.add_argument("--repeats", type=int, default=repeats, help=f"timed calls a case; {repeats} without it")
     parser.add_argument("--tiny", action="store_true", help="tiny models, to check the script")
     args = parser.parse_args()
     if args.case:
-        print("ROW " + json.dumps(measure(args.case, work(args.case, args.tiny), repeats)), flush=True)
+        print("ROW " + json.dumps(measure(args.case, work(args.case, args.tiny), args.repeats)), flush=True)
         return
     rows, failed = [], []
     for case in (c for c in cases if any(text in c for text in args.only.split(","))):
-        row = run_case(script, case, ["--tiny"] if args.tiny else [])
+        row = run_case(script, case, [f"--repeats={args.repeats}", *["--tiny"] * args.tiny])
         (failed if row is None else rows).append(case if row is None else row)
         if rows:
             with open(f"{args.out}.json", "w") as f:

@@ -7,7 +7,8 @@
 `step SIZE` is a sampling run of one step with embedded guidance, of one prompt of WORDS tokens padded to TEXT, on
 given text states: 119,056 tokens at 720 x 1280, 67,576 at 544 x 960. jdit's has its tables of modulation and refined
 text in it. `decode SIZE` is the autoencoder by tiles of frames, rows and columns, the same tiles on both sides; jdit's
-frames leave as uint8, as in its pipelines, diffusers' decoder gives bfloat16. Compile time is the first call's time
+frames leave as uint8, as in its pipelines, diffusers' decoder gives bfloat16. Of its transformer the repeated
+blocks are compiled, as its guide advises. Compile time is the first call's time
 less a later call's; the time to the first result counts from the start of the process, weights made on the device, not
 loaded. Needs a GPU for figures that mean anything, and torch and diffusers for the peer's cases.
 """
@@ -67,6 +68,7 @@ def jdit_work(kind: str, size: str, tiny: bool) -> harness.Work:
     from jdit.nn.vae.autoencoder_kl_hunyuan_video import AutoencoderKLHunyuanVideo
     from jdit.nn.vae.autoencoder_kl_hunyuan_video_config import AutoencoderKLHunyuanVideoConfig
     from jdit.pipeline import executor, hunyuan_stages
+    from jdit.pipeline.given import GivenFrames
     from jdit.structs import Text
 
     latents = jax.random.normal(jax.random.key(1), (1, *latent_size(size, tiny), Z))
@@ -88,7 +90,8 @@ def jdit_work(kind: str, size: str, tiny: bool) -> harness.Work:
 
     def denoise(net, x, text, table, scale):
         tables = hunyuan_stages.modulate(net, text, table, scale)
-        return hunyuan_stages.denoise(net, x, text, tables, table, scale, None, None, False, False)
+        none = GivenFrames()
+        return hunyuan_stages.denoise(net, x, text, none, tables, table, scale, None, None, two_passes=False, report=False)
 
     run = executor.compiled(denoise)
     return harness.jax_work(lambda: run(net, latents, text, table, jnp.float32(6.0)), tiny)
@@ -119,7 +122,7 @@ def diffusers_work(kind: str, size: str, tiny: bool) -> harness.Work:
     vae = diffusers.AutoencoderKLHunyuanVideo(**small)  # only its size factors are used
     pipe = diffusers.HunyuanVideoPipeline(None, None, transformer, vae, scheduler, None, None)
     pipe.set_progress_bar_config(disable=True)
-    pipe.transformer = torch.compile(transformer)
+    transformer.compile_repeated_blocks()
     given = dict(
         prompt_embeds=draw(1, TEXT, transformer.config.text_embed_dim), pooled_prompt_embeds=draw(1, 768),
         prompt_attention_mask=(torch.arange(TEXT, device=device) < WORDS)[None].long(), height=8 * y, width=8 * x,

@@ -8,7 +8,7 @@
 TEXT tokens; a step is the run's time over STEPS, with modulation tables and solver. jdit has both predictions in one
 batch, diffusers makes one after the other, as its pipeline does. `edit SIZE` is the same with a second picture of that
 size beside the noise. `decode SIZE` is the autoencoder; jdit's picture leaves as uint8, as in its pipelines, diffusers'
-decoder gives bfloat16. Compile time is the first call's time less a later call's; the time to the first result counts
+decoder gives bfloat16. Of diffusers' transformer the repeated blocks are compiled, as its guide advises. Compile time is the first call's time less a later call's; the time to the first result counts
 from the start of the process, weights made on the device, not loaded. Needs a GPU of 80 GB for figures that mean
 anything, and torch and diffusers for the peer's cases.
 """
@@ -82,9 +82,15 @@ def jdit_work(what: str, tiny: bool) -> harness.Work:
     sigmas = [1 - i / STEPS for i in range(STEPS)]
     table = sampling.from_config(config, STEPS, mu=sampling.dynamic_mu(config, n * n // 4), sigmas=sigmas)
     pictures = (latents[:, ::-1],) if what.startswith("edit") else ()
-    run = executor.compiled(qwen_stages.denoise, (9, 10))
-    call = lambda: run(net, latents, text, pictures, None, None, table, jnp.float32(4.0), None, False, False)
-    return harness.jax_work(call, tiny, STEPS)
+
+    def denoise(net, x, text, pictures, table, scale):
+        mods = qwen_stages.modulate(net, table)
+        return qwen_stages.denoise(
+            net, x, text, pictures, None, None, mods, table, scale, None, normalize=True, two_passes=False, report=False
+        )
+
+    run = executor.compiled(denoise)
+    return harness.jax_work(lambda: run(net, latents, text, pictures, table, jnp.float32(4.0)), tiny, STEPS)
 
 
 def diffusers_work(what: str, tiny: bool) -> harness.Work:
@@ -108,7 +114,7 @@ def diffusers_work(what: str, tiny: bool) -> harness.Work:
         return harness.torch_work(lambda: vae.decode(z, return_dict=False)[0], tiny)
     size = dict(num_attention_heads=2, num_layers=2, joint_attention_dim=64) if tiny else {}
     transformer = harness.torch_weights(lambda: diffusers.QwenImageTransformer2DModel(**size))
-    net = torch.compile(transformer, fullgraph=True)
+    transformer.compile_repeated_blocks(fullgraph=True)
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**SCHEDULER)
     given, pictures = what.startswith("edit"), draw(1, n * n // 4, 4 * Z)
     shapes = [[(1, n // 2, n // 2)] * (2 if given else 1)]
@@ -124,7 +130,7 @@ def diffusers_work(what: str, tiny: bool) -> harness.Work:
             tokens = torch.cat([x, pictures], 1) if given else x
             told = dict(hidden_states=tokens, timestep=t.expand(1).to(x.dtype) / 1000, img_shapes=shapes)
             cond, uncond = (
-                net(encoder_hidden_states=text, return_dict=False, **told)[0][:, : x.shape[1]].clone() for text in texts
+                transformer(encoder_hidden_states=text, return_dict=False, **told)[0][:, : x.shape[1]].clone() for text in texts
             )
             both = uncond + 4.0 * (cond - uncond)
             both = both * (cond.norm(dim=-1, keepdim=True) / both.norm(dim=-1, keepdim=True))

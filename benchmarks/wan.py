@@ -6,7 +6,8 @@
 
 A case is a guided sampling run (UniPC, STEPS steps) on given text states: 32,760 tokens, two rows. A step is the run's
 time over STEPS, everything that a user waits for included (modulation tables, text keys and values, solver). jdit runs
-both rows in one batch, diffusers' pipeline one after the other. Compile time is the first call's time less a later
+both rows in one batch, diffusers' pipeline one after the other; of its transformer the repeated blocks are compiled, as
+its guide advises. Compile time is the first call's time less a later
 call's; the time to the first result counts from the start of the process, weights made on the device, not loaded.
 The autoencoder has a benchmark of its own (wan_vae.py). Needs a GPU for figures that mean anything, and torch and
 diffusers for the peer's cases.
@@ -76,7 +77,7 @@ def diffusers_work(model: str, tiny: bool) -> harness.Work:
     scheduler = diffusers.UniPCMultistepScheduler(**SCHEDULER)
     pipe = diffusers.WanPipeline(None, None, vae, scheduler, transformer)
     pipe.set_progress_bar_config(disable=True)
-    pipe.transformer = torch.compile(transformer, fullgraph=True)
+    transformer.compile_repeated_blocks(fullgraph=True)
     device = transformer.patch_embedding.weight.device
     draw = lambda *shape, dtype=torch.bfloat16: torch.randn(*shape, device=device, dtype=dtype)
     t, y, x = latent_size(tiny)
