@@ -295,7 +295,10 @@ VARIANTS: dict[str, Variant] = {
 BUNDLED: dict[str, Plan] = {
     "fluent-image": Plan(steps=20, guidance=4.0, height=128, width=128),
     "fluent-video": Plan(steps=20, guidance=4.0, height=64, width=64, max_text_tokens=512, num_frames=17, fps=6.0),
-}
+    "fluent-animate": Plan(
+        steps=20, guidance=1.0, height=64, width=64, max_text_tokens=512, fps=12.0, segment_frames=17,
+    ),
+}  # fmt: skip
 """Models inside the package (jdit/assets), by name; their configs are in their folders."""
 
 DEFAULT = "fluent-image"

@@ -58,6 +58,33 @@ def test_cudnn_is_told_of_causality(monkeypatch):
     assert np.linalg.norm(got - want) / np.linalg.norm(want) < 1e-2
 
 
+@pytest.mark.parametrize("d", [16, 128])
+@pytest.mark.parametrize("lengths", [None, [9, 131]])
+def test_cudnn_is_differentiated_at_even_lengths(monkeypatch, d, lengths):
+    """jax refuses cuDNN's gradient at odd ones."""
+    q, k, v = (a.astype(jnp.bfloat16) for a in draw(135, 131, d=d))
+    kv_lengths = None if lengths is None else jnp.array(lengths)
+    gradient = lambda name: jax.grad(
+        lambda *a: (attention(*a, kv_lengths=kv_lengths, implementation=name).astype(jnp.float32) ** 2).sum(), (0, 1, 2)
+    )
+    want, plain, seen = gradient("xla")(q, k, v), jax.nn.dot_product_attention, []
+
+    def fused(q, k, v, *, implementation, **kw):
+        seen.append((q.shape[1], k.shape[1]))
+        return plain(q, k, v, **kw)
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax.nn, "dot_product_attention", fused)
+    got = jax.jit(gradient("cudnn"))(q, k, v)
+    assert seen and all(n % 2 == s % 2 == 0 for n, s in seen)
+    for a, b in zip(got, want):
+        a, b = (np.asarray(x, np.float64) for x in (a, b))
+        assert np.linalg.norm(a - b) / np.linalg.norm(b) < 1e-2
+    seen.clear()
+    attention(q, k, v, kv_lengths=kv_lengths, implementation="cudnn")
+    assert seen == [(135, 131) if d == 16 else (256, 256)]  # no gradient, nothing to make even
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_a_counted_key_stands_for_equal_keys(dtype):
     q, k, v = (a.astype(dtype) for a in draw(6, 5))

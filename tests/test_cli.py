@@ -24,7 +24,8 @@ def test_help_has_examples(command):
 def test_models_are_listed():
     output = run("models").output
     assert all(name in output for name in ("fluent-image", "sd3.5-medium", "sd3.5-large-turbo"))
-    makes = {"fluent-image": "128 x 128 pictures", "fluent-video": "17 frames, 64 x 64, 6 fps"}
+    makes = {"fluent-image": "128 x 128 pictures", "fluent-video": "17 frames, 64 x 64, 6 fps",
+             "fluent-animate": "segments of 17 frames, 64 x 64, 12 fps"}  # fmt: skip
     for name, what in makes.items():
         assert any(line.startswith(f"{name} ") and f" {what} " in line for line in output.splitlines())
     (line,) = (line for line in output.splitlines() if line.startswith("wan2.2-ti2v-5b "))
