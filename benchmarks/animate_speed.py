@@ -10,8 +10,8 @@ picture and the driving frames, uint8 on the host, to frames. Each further step 
 and the segment's frames and poses through the autoencoder, "face" the driving face (jdit: once a segment; diffusers
 does it in every step), "rest" resizing, noise, and what else is on the host. Waiting for the device after each stage is
 part of both sides. diffusers' pipeline gives its autoencoder float32 pixels; they are cast, so that both sides compute
-in bfloat16. Compiled are, of its transformer, the repeated blocks, as its guide advises, the encoders of the face and
-the adapters, and the decoder of its autoencoder; the encoder is not (it did not end compiling in 150 s). Needs a GPU for figures that mean
+in bfloat16. Compiled are the repeated blocks of its transformer, as its guide advises, and the adapters; not the encoders
+of the face and the autoencoder, whose changing shapes are compiled again and again (wan_vae.py has the decoder compiled). Needs a GPU for figures that mean
 anything, and torch and diffusers for the peer's case. Memory against the number of segments is in animate.py.
 """
 
@@ -112,10 +112,9 @@ def diffusers_work(tiny: bool) -> harness.Work:
         image_encoder=encoder, transformer=transformer,
     )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
-    vae.decoder = torch.compile(vae.decoder)
     transformer.compile_repeated_blocks()
-    for part in (transformer.motion_encoder, transformer.face_encoder, *transformer.face_adapter):
-        part.compile()
+    for adapter in transformer.face_adapter:
+        adapter.compile()
     stages: dict[str, float] = {}
     wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
 
