@@ -10,9 +10,10 @@ picture and the driving frames, uint8 on the host, to frames. Each further step 
 and the segment's frames and poses through the autoencoder, "face" the driving face (jdit: once a segment; diffusers
 does it in every step), "rest" resizing, noise, and what else is on the host. Waiting for the device after each stage is
 part of both sides. diffusers' pipeline gives its autoencoder float32 pixels; they are cast, so that both sides compute
-in bfloat16. Compiled are the repeated blocks of its transformer, as its guide advises, and the adapters; not the encoders
-of the face and the autoencoder, whose changing shapes are compiled again and again (wan_vae.py has the decoder compiled). Needs a GPU for figures that mean
-anything, and torch and diffusers for the peer's case. Memory against the number of segments is in animate.py.
+in bfloat16. Compiled are the repeated blocks of its transformer, as its guide advises, and the adapters; not the face's
+encoders and the autoencoder, whose changing shapes are compiled again and again (wan_vae.py has the decoder compiled).
+Needs a GPU for figures that mean anything, and torch and diffusers for the peer's case. Memory against the number of
+segments is in animate.py.
 """
 
 import math

@@ -4,13 +4,13 @@
     python benchmarks/hunyuan_video.py --only 544,decode                    the cases that contain one of these texts
     python benchmarks/hunyuan_video.py --tiny                               tiny models on any device: checks the script
 
-`step SIZE` is a sampling run of one step with embedded guidance, of one prompt of WORDS tokens padded to TEXT, on
-given text states: 119,056 tokens at 720 x 1280, 67,576 at 544 x 960. jdit's has its tables of modulation and refined
-text in it. `decode SIZE` is the autoencoder by tiles of frames, rows and columns, the same tiles on both sides; jdit's
-frames leave as uint8, as in its pipelines, diffusers' decoder gives bfloat16. Of its transformer the repeated
-blocks are compiled, as its guide advises. Compile time is the first call's time
-less a later call's; the time to the first result counts from the start of the process, weights made on the device, not
-loaded. Needs a GPU for figures that mean anything, and torch and diffusers for the peer's cases.
+`step SIZE` is a sampling run of one step with embedded guidance, of one prompt of WORDS tokens padded to TEXT, on given
+text states: 119,056 tokens at 720 x 1280, 67,576 at 544 x 960. jdit's has its tables of modulation and refined text in
+it. `decode SIZE` is the autoencoder by tiles of frames, rows and columns, the same tiles on both sides; jdit's frames
+leave as uint8, as in its pipelines, diffusers' decoder gives bfloat16. Of its transformer the repeated blocks are
+compiled, as its guide advises. Compile time is the first call's time less a later call's; the time to the first result
+counts from the start of the process, weights made on the device, not loaded. Needs a GPU for figures that mean
+anything, and torch and diffusers for the peer's cases.
 """
 
 import math
@@ -90,8 +90,8 @@ def jdit_work(kind: str, size: str, tiny: bool) -> harness.Work:
 
     def denoise(net, x, text, table, scale):
         tables = hunyuan_stages.modulate(net, text, table, scale)
-        none = GivenFrames()
-        return hunyuan_stages.denoise(net, x, text, none, tables, table, scale, None, None, two_passes=False, report=False)
+        given = (text, GivenFrames(), tables, table, scale, None, None)
+        return hunyuan_stages.denoise(net, x, *given, two_passes=False, report=False)
 
     run = executor.compiled(denoise)
     return harness.jax_work(lambda: run(net, latents, text, table, jnp.float32(6.0)), tiny)

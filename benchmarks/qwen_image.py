@@ -8,9 +8,10 @@
 TEXT tokens; a step is the run's time over STEPS, with modulation tables and solver. jdit has both predictions in one
 batch, diffusers makes one after the other, as its pipeline does. `edit SIZE` is the same with a second picture of that
 size beside the noise. `decode SIZE` is the autoencoder; jdit's picture leaves as uint8, as in its pipelines, diffusers'
-decoder gives bfloat16. Of diffusers' transformer the repeated blocks are compiled, as its guide advises. Compile time is the first call's time less a later call's; the time to the first result counts
-from the start of the process, weights made on the device, not loaded. Needs a GPU of 80 GB for figures that mean
-anything, and torch and diffusers for the peer's cases.
+decoder gives bfloat16. Of diffusers' transformer the repeated blocks are compiled, as its guide advises. Compile time
+is the first call's time less a later call's; the time to the first result counts from the start of the process, weights
+made on the device, not loaded. Needs a GPU of 80 GB for figures that mean anything, and torch and diffusers for the
+peer's cases.
 """
 
 import math
@@ -130,7 +131,8 @@ def diffusers_work(what: str, tiny: bool) -> harness.Work:
             tokens = torch.cat([x, pictures], 1) if given else x
             told = dict(hidden_states=tokens, timestep=t.expand(1).to(x.dtype) / 1000, img_shapes=shapes)
             cond, uncond = (
-                transformer(encoder_hidden_states=text, return_dict=False, **told)[0][:, : x.shape[1]].clone() for text in texts
+                transformer(encoder_hidden_states=text, return_dict=False, **told)[0][:, : x.shape[1]].clone()
+                for text in texts
             )
             both = uncond + 4.0 * (cond - uncond)
             both = both * (cond.norm(dim=-1, keepdim=True) / both.norm(dim=-1, keepdim=True))

@@ -7,10 +7,9 @@
 A case is a guided sampling run (UniPC, STEPS steps) on given text states: 32,760 tokens, two rows. A step is the run's
 time over STEPS, everything that a user waits for included (modulation tables, text keys and values, solver). jdit runs
 both rows in one batch, diffusers' pipeline one after the other; of its transformer the repeated blocks are compiled, as
-its guide advises. Compile time is the first call's time less a later
-call's; the time to the first result counts from the start of the process, weights made on the device, not loaded.
-The autoencoder has a benchmark of its own (wan_vae.py). Needs a GPU for figures that mean anything, and torch and
-diffusers for the peer's cases.
+its guide advises. Compile time is the first call's time less a later call's; the time to the first result counts from
+the start of the process, weights made on the device, not loaded. The autoencoder has a benchmark of its own
+(wan_vae.py). Needs a GPU for figures that mean anything, and torch and diffusers for the peer's cases.
 """
 
 import dataclasses

@@ -51,6 +51,7 @@ def test_bytes_inside_the_loop(vae, whole):
     assert np.mean(np.asarray(got) != np.asarray(as_uint8(whole[0]))) < 1e-3  # a value at a rounding border may differ
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["decode", "moments"])
 def test_memory_does_not_grow_with_the_length(method):
     """Temporary memory of the compiled function at 49 and 161 frames; bytes leave the decoder."""

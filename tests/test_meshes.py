@@ -153,7 +153,11 @@ def make(case: Case, rules: Rules) -> Callable[[], nnx.Module]:
     return lambda: case.module(cfg, rngs=nnx.Rngs(0))
 
 
-@pytest.fixture(scope="module", params=CASES.values(), ids=CASES.keys())
+# on newer versions of Python and jax the transformers are enough
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(c, id=n, marks=[] if c.spread else pytest.mark.slow) for n, c in CASES.items()],
+)
 def alone(request):
     """A case, its random leaves (norms and biases too), and what one device makes of them."""
     case = request.param

@@ -59,6 +59,7 @@ def watched(pipe, **call):
     return out, *seen[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["diffusers", "jdit"])
 def test_the_loop_runs_without_the_weights_and_the_encoders(whole, tmp_path, layout):
     pipe, want = whole

@@ -68,6 +68,7 @@ def test_bfloat16_is_as_close_as_the_plain_backend(d, on_tpu):
     assert got.dtype == jnp.bfloat16 and relative(got, want) < 1.2 * relative(plain, want)
 
 
+@pytest.mark.slow
 def test_gradients(on_tpu):
     q, k, v = draw(130, 140, 1, 16, 1)
     loss = lambda name: lambda *a: (attention(*a, kv_lengths=jnp.array([133]), implementation=name) ** 2).sum()

@@ -106,6 +106,7 @@ def test_published_sizes(cls, cfg, count):
     assert {rule.target for rule in rules if rule.target and not rule.alias} == {sharding.dotted(p) for p in leaves}
 
 
+@pytest.mark.slow
 def test_runs_without_graph_mode():
     code = (
         "import jax, numpy as np; from flax import nnx; from test_text_encoders import MODELS, INPUTS\n"

@@ -106,6 +106,7 @@ def test_config_errors(change, says):
     assert says in str(e.value)
 
 
+@pytest.mark.slow
 def test_one_at_a_time_equals_the_batch():
     vae, x = build(), pixels(3, 8, 6, 3)
     whole = jax.jit(AutoencoderKL.encode)(vae, x)
@@ -125,6 +126,7 @@ def test_tiles_that_do_not_fit():
         tiling.encode_tiled(vae, pixels(1, 13, 12, 3), tile=8)
 
 
+@pytest.mark.slow
 def test_tiling_is_exact_where_nothing_is_global():
     """A decoder that only sees its own latent pixel: blended tiles must give the untiled picture."""
 
@@ -141,6 +143,7 @@ def test_tiling_is_exact_where_nothing_is_global():
     assert error(tiling.encode_tiled(vae, x, tile=8).mean, vae.encode(x).mean) < 1e-6
 
 
+@pytest.mark.slow
 def test_tiles_keep_memory_bounded():
     """Peak temporary memory of a compiled tiled decode hardly grows with the picture; that of a whole decode does."""
     make = lambda: AutoencoderKL(dataclasses.replace(TINY, channels=(16, 16), mid_attention=False), rngs=nnx.Rngs(0))
@@ -158,6 +161,7 @@ def test_tiles_keep_memory_bounded():
 
 
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [{"sequence": 8}, {"data": 2, "sequence": 4}])
 def test_sharded_equals_unsharded(sizes):
     vae, x = build(), pixels(2, 32, 14, 3)
@@ -173,6 +177,7 @@ def test_sharded_equals_unsharded(sizes):
     assert "collective-permute" in text  # rows really are apart: convolutions fetch their neighbours' edge
 
 
+@pytest.mark.slow
 def test_full_size_count():
     """Stable Diffusion 3's autoencoder has 83,819,683 parameters."""
     make = lambda: AutoencoderKL(AutoencoderKLConfig(), rngs=nnx.Rngs(0))
