@@ -85,24 +85,28 @@ def _cudnn(q, k, v, lengths: Lengths, causal: bool):
     return _fused(q, k, v, q_lengths, lengths, causal)[:, :n]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _fused(q, k, v, q_lengths: Lengths, lengths: Lengths, causal: bool):
+def _flash(q, k, v, q_lengths: Lengths, lengths: Lengths, causal: bool):
     return jax.nn.dot_product_attention(
         q, k, v, implementation="cudnn", query_seq_lengths=q_lengths, key_value_seq_lengths=lengths, is_causal=causal
     )
 
 
-def _fused_forward(q, k, v, q_lengths: Lengths, lengths: Lengths, causal: bool):
+def _flash_forward(q, k, v, q_lengths: Lengths, lengths: Lengths, causal: bool):
     """JAX differentiates cuDNN's attention for even numbers of tokens only; without a gradient, padding is a waste."""
     b, n, s = q.shape[0], q.shape[1], k.shape[1]
     if n % 2 or s % 2:
         q_lengths, lengths = (jnp.full((b,), m, jnp.int32) if of is None else of
                               for m, of in ((n, q_lengths), (s, lengths)))  # fmt: skip
-    even = lambda *qkv: _fused.fun(*(_pad_tokens(x, 2) for x in qkv), q_lengths, lengths, causal)[:, :n]
+
+    def even(q, k, v):
+        q, k, v = (_pad_tokens(x, 2) for x in (q, k, v))
+        return _flash(q, k, v, q_lengths, lengths, causal)[:, :n]
+
     return jax.vjp(even, q, k, v)
 
 
-_fused.defvjp(_fused_forward, lambda causal, vjp, g: (*vjp(g), None, None))
+_fused = jax.custom_vjp(_flash, nondiff_argnums=(5,))
+_fused.defvjp(_flash_forward, lambda causal, vjp, g: (*vjp(g), None, None))
 
 
 BACKENDS: dict[str, Callable] = {"cudnn": _cudnn, "splash": splash, "xla": _xla, "chunked": _chunked}
