@@ -35,8 +35,10 @@ def test_keypoints_to_videos_that_go_together(folder):
     assert code == 0 and "pose.mp4, face.mp4: 4 frames" in said
     write_video(pose.draw(folder, 64, 96), "want.mp4", 24)
     write_video(pose.crop_faces(video("dance.mp4").frames, folder), "want face.mp4", 24)
-    assert Path("pose.mp4").read_bytes() == Path("want.mp4").read_bytes()
-    assert Path("face.mp4").read_bytes() == Path("want face.mp4").read_bytes()
+    for made, want in (("pose.mp4", "want.mp4"), ("face.mp4", "want face.mp4")):
+        got, right = (video(name).frames.astype(float) for name in (made, want))
+        # not the bytes: the encoder's threads do not always agree on them
+        assert got.shape == right.shape and np.abs(got - right).mean() < 0.5
     assert run("check", "--pose", "pose.mp4", "--face", "face.mp4", "--size", "96x64") == (
         0, "pose: 4 frames of 96 x 64 face: 4 frames of 512 x 512"
     )  # fmt: skip
