@@ -1,5 +1,6 @@
 """`jdit pose` and `jdit check`, and the page about driving videos."""
 
+import collections
 import re
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from click.testing import CliRunner
 from jdit import pose
 from jdit.cli import main
 from jdit.video import video, write_video
+from jdit.video_writer import VideoWriter
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "driving.md").read_text()
 
@@ -30,15 +32,20 @@ def run(*arguments: str):
     return result.exit_code, " ".join((result.output + result.stderr).split())
 
 
-def test_keypoints_to_videos_that_go_together(folder):
+def test_keypoints_to_videos_that_go_together(folder, monkeypatch):
+    written, write = collections.defaultdict(list), VideoWriter.write
+
+    def recorded(writer, frames):
+        written[writer.path.name].append(frames)
+        write(writer, frames)
+
+    monkeypatch.setattr(VideoWriter, "write", recorded)
     code, said = run("pose", "points.npy", "-o", "pose.mp4", "--video", "dance.mp4", "--face", "face.mp4")
     assert code == 0 and "pose.mp4, face.mp4: 4 frames" in said
-    write_video(pose.draw(folder, 64, 96), "want.mp4", 24)
-    write_video(pose.crop_faces(video("dance.mp4").frames, folder), "want face.mp4", 24)
-    for made, want in (("pose.mp4", "want.mp4"), ("face.mp4", "want face.mp4")):
-        got, right = (video(name).frames.astype(float) for name in (made, want))
-        # not the bytes: the encoder's threads do not always agree on them
-        assert got.shape == right.shape and np.abs(got - right).mean() < 0.5
+    faces = pose.crop_faces(video("dance.mp4").frames, folder)
+    # what the encoder is given: its threads do not always agree on the bytes of the file
+    for name, want in (("pose.mp4", pose.draw(folder, 64, 96)), ("face.mp4", faces)):
+        np.testing.assert_array_equal(np.concatenate(written[name]), want)
     assert run("check", "--pose", "pose.mp4", "--face", "face.mp4", "--size", "96x64") == (
         0, "pose: 4 frames of 96 x 64 face: 4 frames of 512 x 512"
     )  # fmt: skip
