@@ -189,14 +189,14 @@ class HunyuanVideoGeneration(base.Pipeline):
         return self.plan.max_text_tokens
 
     def activations(self) -> float:
-        """See the base class; by count: about 36 bytes a token and width in the transformer's fused blocks, and twelve
-        arrays of a tile at full size in the autoencoder."""
+        """See the base class; as measured (benchmarks/hunyuan_video_h100.md): 30 bytes a token and width in the
+        transformer, and twelve arrays of a tile at full size in the autoencoder."""
         cfg, vae = self._cfg, self._vae
         (height, width), frames = self.size(), self.frames()
         tokens = self._text_tokens + self.tokens()
         tile = (FRAME_TILES.size + 1) * math.prod(map(min, (height, width), Tiles().size)) * vae.channels[0]
         pixels = 12 * tile * np.dtype(jnp.dtype(vae.dtype)).itemsize + 3 * frames * height * width
-        return max(self.rows * 36 * tokens * cfg.width, pixels)
+        return max(self.rows * 30 * tokens * cfg.width, pixels)
 
     def table(self, steps: int, *, shift=None, solver=None) -> sampling.Table:
         """The solver's table of a run."""
