@@ -12,13 +12,22 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from jdit.target import target
+
 Axes = tuple[str | None, ...]
+
+
+def product(*args, **kw) -> Array:
+    """`jax.lax.dot_general`. On a GPU the bias stays apart from it, to be added where the result is read: XLA reads a
+    scanned layer's weights in place for products that have nothing fused in, and copies them for others."""
+    out = jax.lax.dot_general(*args, **kw)
+    return jax.lax.optimization_barrier(out) if target().platform == "gpu" else out
 
 
 def linear(d_in: int, d_out: int, axes: Axes, *, dtype, rngs: nnx.Rngs, bias: bool = True) -> nnx.Linear:
     """Dense layer with logical axes (in, out) on its kernel (d_in, d_out)."""
     return nnx.Linear(
-        d_in, d_out, use_bias=bias, dtype=dtype, param_dtype=dtype, rngs=rngs,
+        d_in, d_out, use_bias=bias, dtype=dtype, param_dtype=dtype, dot_general=product, rngs=rngs,
         kernel_metadata={"axes": axes}, bias_metadata={"axes": axes[1:]},
     )  # fmt: skip
 
@@ -26,7 +35,7 @@ def linear(d_in: int, d_out: int, axes: Axes, *, dtype, rngs: nnx.Rngs, bias: bo
 def fused_linear(d_in: int, n: int, d_out: int, axes: Axes, *, dtype, rngs: nnx.Rngs, bias: bool = True):
     """`n` dense layers on one input as one product (q, k, v): kernel (d_in, n, d_out), axes (in, out)."""
     return nnx.LinearGeneral(
-        d_in, (n, d_out), use_bias=bias, dtype=dtype, param_dtype=dtype, rngs=rngs,
+        d_in, (n, d_out), use_bias=bias, dtype=dtype, param_dtype=dtype, dot_general=product, rngs=rngs,
         kernel_metadata={"axes": (axes[0], None, axes[1])}, bias_metadata={"axes": (None, axes[1])},
     )  # fmt: skip
 
@@ -34,7 +43,7 @@ def fused_linear(d_in: int, n: int, d_out: int, axes: Axes, *, dtype, rngs: nnx.
 def joined_linear(n: int, d_in: int, d_out: int, axes: Axes, *, dtype, rngs: nnx.Rngs):
     """One dense layer on `n` arrays (..., n, d_in): kernel (n, d_in, d_out), axes (in, out)."""
     return nnx.LinearGeneral(
-        (n, d_in), d_out, axis=(-2, -1), dtype=dtype, param_dtype=dtype, rngs=rngs,
+        (n, d_in), d_out, axis=(-2, -1), dtype=dtype, param_dtype=dtype, dot_general=product, rngs=rngs,
         kernel_metadata={"axes": (None, *axes)}, bias_metadata={"axes": axes[1:]},
     )  # fmt: skip
 

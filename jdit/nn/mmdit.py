@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from jdit.nn import layers
-from jdit.nn.joint import JointBlock, modulation_rows
+from jdit.nn.joint import JointBlock, modulation_rows, whole_tiles
 from jdit.nn.patch import crop_centre, patchify, sincos_2d, unpatchify
 from jdit.sharding import Rules, shard
 
@@ -153,14 +153,17 @@ class MMDiT(nnx.Module):
         if context_counts is not None:
             counts = jnp.concatenate([jnp.ones(rows * columns, jnp.float32), context_counts.astype(jnp.float32)])
         h = self.patch(patchify(x.astype(cfg.dtype), cfg.patch)) + crop_centre(self.pos.get_value(), rows, columns)
-        carry = (shard(h, "batch", "seq", "width", rules=cfg.rules), context)
+        tokens = h.shape[1], context.shape[1]
+        carry = (
+            shard(whole_tiles(h, cfg.rules), "batch", "seq", "width", rules=cfg.rules), whole_tiles(context, cfg.rules),
+        )  # fmt: skip
         for group, blocks, image, text in zip(cfg.groups, self.blocks, modulation.image, modulation.context):
             off = None if skip is None else skip[np.asarray(group.layers)]
             carry = layers.scan_blocks(
-                blocks, carry, (image, text, off), call=lambda b, c, m: _run(b, c, *m, counts=counts)
+                blocks, carry, (image, text, off), call=lambda b, c, m: _run(b, c, *m, counts=counts, tokens=tokens)
             )
         shift, scale = jnp.moveaxis(modulation.final, -2, 0)
-        return unpatchify(self.final(layers.modulate(carry[0], shift, scale)), cfg.patch, rows)
+        return unpatchify(self.final(layers.modulate(carry[0][:, : tokens[0]], shift, scale)), cfg.patch, rows)
 
     def __call__(self, x, t, context, pooled, *, context_counts=None, skip=None):
         """Velocity for latents x (B, H, W, C) at timestep t (scalar or (B,)), raw context (B, L, J), pooled (B, P)."""
@@ -168,6 +171,6 @@ class MMDiT(nnx.Module):
         return self.velocity(x, modulation, self.embed_context(context), context_counts=context_counts, skip=skip)
 
 
-def _run(block: JointBlock, carry, image, text, off, *, counts):
-    call = lambda xc: block(xc[0], xc[1], image[:, None], text[:, None], key_counts=counts)
+def _run(block: JointBlock, carry, image, text, off, *, counts, tokens):
+    call = lambda xc: block(xc[0], xc[1], image[:, None], text[:, None], key_counts=counts, tokens=tokens)
     return call(carry) if off is None else jax.lax.cond(off, lambda xc: xc, call, carry)

@@ -17,7 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jdit.nn import layers
-from jdit.nn.joint import JointBlock, modulation_rows
+from jdit.nn.joint import JointBlock, modulation_rows, whole_tiles
 from jdit.nn.patch import patch_grid, patchify_3d, unpatchify_3d
 from jdit.nn.rope import Rope, grid_rope, rope_table
 from jdit.sharding import Rules, shard
@@ -171,10 +171,11 @@ class QwenImage(nnx.Module):
             [g[1:] for g in grids[:1] * grids[0][0] + grids[1:]], text.shape[1], cfg.rope_dims, layered=cfg.layered
         )
         # upstream gives time 0 to all pictures but the first, further layers included
-        kw: dict[str, Any] = dict(first=math.prod(grids[0][1:]), rope=rope)
+        kw: dict[str, Any] = dict(first=math.prod(grids[0][1:]), rope=rope, tokens=(n, text.shape[1]))
         if text_lengths is not None:
             kw["kv_lengths"] = n + text_lengths
-        h = shard(self.patch(tokens), "batch", "seq", "width", rules=cfg.rules)
+        h = shard(whole_tiles(self.patch(tokens), cfg.rules), "batch", "seq", "width", rules=cfg.rules)
+        text = whole_tiles(text, cfg.rules)
         call = lambda block, carry, rows: block(*carry, *rows, **kw)
         h, _ = layers.scan_blocks(self.blocks, (h, text), (modulation.image, modulation.text), call=call)
         shift, scale = jnp.moveaxis(modulation.final, -2, 0)

@@ -44,9 +44,11 @@ class Stage:
 
 
 def compiler_options() -> dict[str, bool] | None:
-    """On a GPU, scanned layers read their weights in place instead of copying each layer's slice first: in the products
-    that XLA has made cuBLASLt calls without epilogue by then (benchmarks/NOTES.md has what that leaves)."""
-    return {"xla_gpu_enable_dynamic_slice_fusion": True} if jax.default_backend() == "gpu" else None
+    """On a GPU, scanned layers read their weights in place instead of copying each layer's slice first: in products
+    that are cuBLASLt calls from the start, not candidates for Triton (and see `jdit.nn.layers.product`)."""
+    if jax.default_backend() != "gpu":
+        return None
+    return {"xla_gpu_enable_dynamic_slice_fusion": True, "xla_gpu_enable_triton_gemm": False}
 
 
 @functools.cache

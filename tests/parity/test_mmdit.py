@@ -17,9 +17,11 @@ from util_sd3 import channels_last, error, noise, transformer
 from convert import sd3
 from convert.table import back, fill, plan
 from jdit import sharding
+from jdit.nn.joint import whole_tiles
 from jdit.nn.mmdit import MMDiT
 from jdit.nn.patch import sincos_2d
 from jdit.sharding import dotted
+from jdit.target import Target, compiling_for
 
 pytestmark = pytest.mark.torch
 
@@ -73,6 +75,16 @@ def test_velocity(both, skip):
     flags = None if skip is None else jnp.asarray(np.isin(np.arange(layers), skip))
     got = run(ours, x, context, pooled, t, skip=flags)
     assert error(got, reference(theirs, x, context, pooled, t, skip_layers=skip)) < 1e-5
+
+
+def test_tokens_are_padded_on_a_gpu(both):
+    """Neither 15 image nor 7 context tokens make whole tiles; nobody attends to the zeros behind them."""
+    _, _, ours = both
+    x, context, pooled, t = inputs()
+    want = run(ours, x, context, pooled, t)
+    with compiling_for(Target("gpu")):
+        assert whole_tiles(context.numpy(), ours.cfg.rules).shape == (2, 8, 40)
+        assert error(run(ours, x, context, pooled, t), want) < 1e-5
 
 
 def test_counted_tokens_equal_repeated_ones(both):

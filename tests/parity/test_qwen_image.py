@@ -16,8 +16,10 @@ from util_sd3 import error, noise
 
 from convert import qwen_image, registry, write
 from jdit import sharding, zoo
+from jdit.nn.joint import whole_tiles
 from jdit.nn.qwen_image import QwenImageConfig, ms_rope
 from jdit.sharding import dotted
+from jdit.target import Target, compiling_for
 
 pytestmark = pytest.mark.torch
 
@@ -63,6 +65,16 @@ def test_velocity(models, case):
     inputs = Inputs(model.config, **given)
     got, want = inputs.ours(call, module), inputs.theirs(model)
     assert got.shape == want.shape and error(got, want) < 2e-6
+
+
+def test_tokens_are_padded_on_a_gpu(models):
+    """Nobody attends to the zeros behind either stream; with given pictures the first ones have rows of their own."""
+    model, module, _ = models("edit-2511")
+    inputs = Inputs(model.config, given=1)
+    with compiling_for(Target("gpu")):
+        assert whole_tiles(inputs.text.numpy(), module.cfg.rules).shape[1] > inputs.text.shape[1]
+        got = inputs.ours(call, module)
+    assert error(got, inputs.theirs(model)) < 2e-6
 
 
 GRIDS = [[(5, 7)], [(6, 4), (11, 3)], [(3, 3), (4, 9), (8, 2)], [(2, 2)] * 4 + [(3, 2)], [(83, 104), (64, 64)]]
