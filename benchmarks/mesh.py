@@ -6,10 +6,11 @@
 
 A video's tokens are spread over the devices (sequence), without guidance; a picture's guided step has its two
 predictions on different devices (data). Cases run one after another, each in a process of its own that has all GPUs.
-A step is the transformer and an Euler update; its time is the median of a few, after one that compiles. Text,
-modulation and what else is made before the loop is not in it. `silent` is the same program with what it sends taken out
-(an all-to-all gives back what it was given, a permute too): the difference is what communication costs where nothing
-hides it. Memory is the compiler's figure for a device. The two results are compared. About 5 minutes on two H100s.
+A step is the transformer and an Euler update; short ones run several in one program, as sampling does. Its time is the
+median of a few calls, after one that compiles. Text, modulation and what else is made before the loop is not in it.
+`silent` is the same program with what it sends taken out (an all-to-all gives back what it was given, a permute too):
+the difference is what communication costs where nothing hides it. Memory is the compiler's figure for a device. The two
+results are compared. About 5 minutes on two H100s.
 """
 
 import argparse
@@ -30,13 +31,13 @@ if TINY:
 import harness  # noqa: E402 (the flags are read when jax is imported)
 
 SPENT, SCALE = 3.0, 4.0  # seconds of timed steps, at least three of them; strength of guidance
-# variant, latents, mesh axis
+# variant, latents, mesh axis, steps of a call
 CASES = {
-    "wan-1.3b 81x480x832": ("wan2.1-t2v-1.3b", (21, 60, 104), "sequence"),
-    "wan-14b 81x480x832": ("wan2.1-t2v-14b", (21, 60, 104), "sequence"),
-    "hunyuan-video 129x544x960": ("hunyuan-video", (33, 68, 120), "sequence"),
-    "sd3.5-large 1024": ("sd3.5-large", (128, 128), "data"),
-    "qwen-image 1328": ("qwen-image", (166, 166), "data"),
+    "wan-1.3b 81x480x832": ("wan2.1-t2v-1.3b", (21, 60, 104), "sequence", 4),
+    "wan-14b 81x480x832": ("wan2.1-t2v-14b", (21, 60, 104), "sequence", 1),
+    "hunyuan-video 129x544x960": ("hunyuan-video", (33, 68, 120), "sequence", 1),
+    "sd3.5-large 1024": ("sd3.5-large", (128, 128), "data", 8),
+    "qwen-image 1328": ("qwen-image", (166, 166), "data", 4),
 }
 
 
@@ -77,7 +78,7 @@ def measure(case: str, tiny: bool) -> dict[str, Any]:
     from jdit import sharding
     from jdit.pipeline import executor
 
-    _, size, axis = CASES[case]
+    _, size, axis, steps = CASES[case]
     guided, rows = axis == "data", 2 if axis == "data" else 1
     size = tuple(min(n, 5 if i == 0 and len(size) == 3 else 16) for i, n in enumerate(size)) if tiny else size
     program = programs.of(config(case, tiny), size, rows)
@@ -98,13 +99,17 @@ def measure(case: str, tiny: bool) -> dict[str, Any]:
             velocity = velocity[:1] + SCALE * (velocity[1:] - velocity[:1])
         return x - 0.05 * velocity
 
+    def several(module, x, prepared):
+        one = lambda x: step(module, x, prepared)
+        return one(x) if steps == 1 else jax.lax.fori_loop(0, steps, lambda _, x: one(x), x)
+
     def run(what: str, mesh, module, x, given) -> tuple[dict[str, Any], Any]:
         with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
             prepared = jax.jit(program.before)(module, *given)
             start = time.perf_counter()
             # a function of its own each time: what was traced before `silence` is not to be found again
             compiled = (
-                jax.jit(lambda *a: step(*a), compiler_options=executor.compiler_options())
+                jax.jit(lambda *a: several(*a), compiler_options=executor.compiler_options())
                 .lower(module, x, prepared)
                 .compile()
             )
@@ -115,11 +120,12 @@ def measure(case: str, tiny: bool) -> dict[str, Any]:
                 times += harness.times(lambda: compiled(module, x, prepared), jax.block_until_ready, 1)
         memory, found = compiled.memory_analysis(), collectives(compiled.as_text())
         peak = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
-        middle = statistics.median(times)
+        middle, kinds = statistics.median(times), {c.kind for c in found}
         return {
-            f"{what}_s": middle, f"{what}_spread": (max(times) - min(times)) / middle, f"{what}_compile_s": compile_s,
-            f"{what}_gb": peak / 1e9, f"{what}_results_gb": sum(c.bytes * c.times for c in found) / 1e9,
-            f"{what}_collectives": {k: sum(c.times for c in found if c.kind == k) for k in {c.kind for c in found}},
+            f"{what}_s": middle / steps, f"{what}_spread": (max(times) - min(times)) / middle,
+            f"{what}_compile_s": compile_s, f"{what}_gb": peak / 1e9,
+            f"{what}_results_gb": sum(c.bytes * c.times for c in found) / 1e9 / steps,
+            f"{what}_collectives": {k: sum(c.times for c in found if c.kind == k) / steps for k in kinds},
         }, out  # fmt: skip
 
     device = jax.devices()[0]
@@ -149,8 +155,8 @@ def report(rows: list[dict[str, Any]], failed: list[str]) -> str:
     first = rows[0]
     lines = [
         f"{datetime.date.today()}, {first['devices']} x {first['device']}, {first['versions']}; bfloat16, random "
-        f"weights, median of the steps of {SPENT:.0f} seconds, three at least. Results of collectives are of a device; the "
-        "difference is of the update.",
+        f"weights, median of the calls of {SPENT:.0f} seconds, three at least. Results of collectives are of a device; "
+        "the difference is of the update.",
         "",
         "| step | mesh | one, ms | mesh, ms | times as fast | spread | silent, ms | sending, ms | results, GB "
         "| collectives | one, GB | mesh, GB a device | compile, s | difference |",
@@ -159,7 +165,7 @@ def report(rows: list[dict[str, Any]], failed: list[str]) -> str:
     for r in rows:
         silent = r.get("silent_s")
         sent = "" if silent is None else f"{1e3 * (r['mesh_s'] - silent):.1f}"
-        kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(r["mesh_collectives"].items())) or "none"
+        kinds = ", ".join(f"{n:g} {kind}" for kind, n in sorted(r["mesh_collectives"].items())) or "none"
         lines.append(
             f"| {r['case']} | {r['axis']}={r['devices']} | {1e3 * r['one_s']:.1f} | {1e3 * r['mesh_s']:.1f} "
             f"| {r['one_s'] / r['mesh_s']:.2f} | {max(r['one_spread'], r['mesh_spread']):.1%} "

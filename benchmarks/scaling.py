@@ -49,14 +49,15 @@ class Chip(NamedTuple):
 CUBES = {2: (2,), 4: (2, 2), 8: (2, 2, 2), 16: (2, 2, 4), 32: (2, 4, 4), 64: (4, 4, 4)}
 SQUARES = {2: (2,), 4: (2, 2), 8: (2, 4), 16: (4, 4), 32: (4, 8), 64: (8, 8)}
 CHIPS = {
-    "H100": Chip(640e12, 572e12, 400e12, 3.0e12, 80e9, 450e9 * 0.8, 50e9 * 0.8, 8, 20e-6),
+    "H100": Chip(640e12, 572e12, 400e12, 3.0e12, 80e9, 250e9, 50e9 * 0.8, 8, 20e-6),
     "v5p": Chip(0.65 * 459e12, 0.5 * 459e12, 0.25 * 459e12, 2.8e12, 95e9, 9e10, 9e10, 0, 5e-6, CUBES, 4),
     "v6e": Chip(0.6 * 918e12, 0.4 * 918e12, 0.2 * 918e12, 1.6e12, 32e9, 9e10, 9e10, 0, 5e-6, SQUARES, 16),
 }
 SOURCES = """
 - H100: products, attention and memory as measured in steps and alone (benchmarks/wan_h200.md, sd3_h200.md,
-  cogvideox_h100.md; 572 TFLOP/s of cuDNN at head dim 128, 400 at 64). NVLink 4: 900 GB/s both ways together (NVIDIA
-  H100 data sheet), between hosts of 8 a 400 Gbit/s InfiniBand port a GPU (DGX H100 data sheet); of both 80% is taken.
+  cogvideox_h100.md; 572 TFLOP/s of cuDNN at head dim 128, 400 at 64). NVLink 4: 250 GB/s each
+  way, as measured in an all-to-all of 503 MB between two (the data sheet has 450); between hosts of 8 a 400 Gbit/s
+  InfiniBand port a GPU (DGX H100 data sheet), of which 80% is taken.
 - v5p, v6e: peaks, memory and one-way link rates of the scaling book (jax-ml.github.io/scaling-book/tpus); shares of
   the peak are **assumed**: 65% and 60% in products, 50% and 40% in attention, half of that at head dim 64.
 - Seconds a collective takes at least: assumed.
@@ -73,9 +74,11 @@ CASES = {
 }
 SPREAD = ("Wan 14B 480p", "Wan 14B 480p guided", "HunyuanVideo 544p", "HunyuanVideo 720p", "Qwen-Image guided")
 """Whose weights are over half of a v6e's memory: on it they are spread over all chips (FSDP)."""
-MEASURED = {("Wan 1.3B 480p", 1): 0.480, ("Wan 1.3B 480p", 2): 0.260,
-            ("Wan 14B 480p", 1): 2.754, ("Wan 14B 480p", 2): 1.486}  # fmt: skip
-"""Seconds of a step on H200s: a prototype with plain Ulysses in shard_map, without overlap."""
+MEASURED = {
+    "Wan 1.3B 480p": (0.519, 0.279), "Wan 14B 480p": (2.799, 1.510), "HunyuanVideo 544p": (7.343, 3.921),
+    "SD3.5-large guided": (0.1275, 0.0670), "Qwen-Image guided": (0.479, 0.244),
+}  # fmt: skip
+"""Seconds of a step on one H100 and on two (benchmarks/mesh.md)."""
 
 
 def wanted() -> list[tuple[str, int, bool]]:
@@ -270,12 +273,11 @@ def report(rows: list[dict[str, Any]]) -> str:
         r, one = by["H100", case, 2], by["H100", case, 1]
         mesh = " ".join(f"{a}={r[a]}" for a in ("data", "sequence") if r[a] > 1)
         cells = [f"{1e3 * r[p]:.1f}" for p in ("products", "attention", "links", "packing", "seconds")]
-        real, first = MEASURED.get((case, 2)), MEASURED.get((case, 1))
+        first, real = MEASURED.get(case, (None, None))
         cells += [f"{1e3 * real:.0f}" if real else "", f"{one['seconds'] / r['seconds']:.2f}"]
         cells.append(f"{first / real:.2f}" if first and real else "")
         lines.append(f"| {case} | {mesh} | {' | '.join(cells)} |")
-    lines += ["", "Measured: two H200s, a prototype with plain Ulysses and no overlap, before this implementation "
-              "(benchmarks/mesh.py is to measure this one)."]  # fmt: skip
+    lines += ["", "Measured: benchmarks/mesh.md, which says what has changed since."]
     return "\n".join(lines) + "\n"
 
 

@@ -103,6 +103,13 @@ def test_a_block_sends_heads_and_tokens_and_nothing_else(name, sent):
     assert {c.devices for c in found} <= {8}
 
 
+@pytest.mark.parametrize("name", ["wan", "hunyuan single"])
+def test_a_long_sequence_sends_queries_keys_and_values_apart(name, monkeypatch):
+    monkeypatch.setattr("jdit.nn.exchange.LONG", ODD[0])
+    found = collectives(compiled(name, dict(sequence=8)).as_text())
+    assert [(c.kind, c.bytes) for c in found] == [("all-to-all", slices(ODD, 1))] * 4
+
+
 @pytest.mark.parametrize("name", ["wan", "hunyuan double"])
 def test_a_ring_sends_keys_and_values_round(name):
     found = collectives(compiled(name, dict(sequence=8), Rules(exchange="ring")).as_text())

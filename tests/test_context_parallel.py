@@ -115,6 +115,17 @@ def test_one_sequence(tokens, exchange):
     np.testing.assert_allclose(got, flat(formula(q, k, v)), rtol=1e-4, atol=1e-5)
 
 
+def test_queries_keys_and_values_apart(monkeypatch):
+    """Each of a long sequence's is sent by itself; what an exchange or a caller pads with is not attended to."""
+    monkeypatch.setattr("jdit.nn.exchange.LONG", 13)
+    q, k, v = draw(2, 13, 13, 13, heads=8)
+    padded = [jnp.pad(a, ((0, 0), (0, 3), (0, 0), (0, 0)), constant_values=5.0) for a in (q, k, v)]
+    for some in ((q, k, v), padded):
+        got = run(dict(sequence=8), lambda *a: attend(*a, rules=Rules(), tokens=13), *some)
+        assert got.shape[1] == some[0].shape[1]
+        np.testing.assert_allclose(got[:, :13], flat(formula(q, k, v)), rtol=1e-4, atol=1e-5)
+
+
 SPREAD = [dict(sequence=8), dict(data=2, sequence=2, tensor=2)]
 
 

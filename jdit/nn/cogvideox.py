@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jdit.nn import layers
-from jdit.nn.context_parallel import attend
+from jdit.nn.context_parallel import attend, whole_tiles
 from jdit.nn.patch import patch_grid, patchify_3d, sincos_3d, unpatchify_3d
 from jdit.nn.rope import Rope, apply_rope, grid_rope
 from jdit.sharding import Rules, shard
@@ -125,13 +125,13 @@ class JointAttention(nnx.Module):
         self.norm_q, self.norm_k = (layers.LayerNorm(cfg.head_dim, eps=QK_EPS, dtype=cfg.dtype) for _ in "qk")
         self.out = layers.linear(d, d, ("heads", "embed"), dtype=cfg.dtype, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "B M D"], rope: Rope | None) -> Float[Array, "B M D"]:
+    def __call__(self, x: Float[Array, "B M D"], rope: Rope | None, tokens: int | None = None) -> Float[Array, "B M D"]:
         cfg, qkv = self.cfg, self.qkv(x)
         q, k, v = (qkv[:, :, i].reshape(*x.shape[:2], cfg.heads, cfg.head_dim) for i in range(3))
         q, k = self.norm_q(q), self.norm_k(k)
         if rope is not None:
             q, k = apply_rope(q, rope), apply_rope(k, rope)
-        return self.out(attend(q, k, v, rules=cfg.rules))
+        return self.out(attend(q, k, v, rules=cfg.rules, tokens=tokens))
 
 
 class CogVideoXBlock(nnx.Module):
@@ -153,9 +153,14 @@ class CogVideoXBlock(nnx.Module):
         return jnp.stack(list(norms), -4)
 
     def __call__(
-        self, h: Float[Array, "B M D"], rows: Float[Array, "B 2 2 3 D"], rope: Rope | None, text: int
+        self,
+        h: Float[Array, "B M D"],
+        rows: Float[Array, "B 2 2 3 D"],
+        rope: Rope | None,
+        text: int,
+        tokens: int | None = None,
     ) -> Float[Array, "B M D"]:
-        """`text` is the number of text tokens."""
+        """`text` is the number of text tokens, `tokens` of all; padding may follow them (`whole_tiles`)."""
         is_text = (jnp.arange(h.shape[1]) < text)[:, None]
 
         def add(h, rows, layer):
@@ -164,7 +169,7 @@ class CogVideoXBlock(nnx.Module):
             return (h + pick(2) * layer(x)).astype(h.dtype)
 
         with jax.named_scope("joint_attention"):
-            h = add(h, rows[:, 0], lambda x: self.attn(x, rope))
+            h = add(h, rows[:, 0], lambda x: self.attn(x, rope, tokens))
         with jax.named_scope("mlp"):
             h = add(h, rows[:, 1], self.mlp)
         return shard(h, "batch", "seq", "width", rules=self.cfg.rules)
@@ -239,15 +244,17 @@ class CogVideoX(nnx.Module):
         """
         cfg, length = self.cfg, text.shape[1]
         grid = patch_grid(x.shape[1:4], cfg.patch_3d)
-        h, rope = self.embed(x, text, grid), self.rope(grid, length)
-        call = lambda block, h, rows: block(h, rows, rope, length)
+        h, rope, tokens = self.embed(x, text, grid), self.rope(grid, length), length + int(np.prod(grid))
+        rope = rope and rope.padded(h.shape[1])
+        call = lambda block, h, rows: block(h, rows, rope, length, tokens)
         h = layers.scan_blocks(self.blocks, h, modulation.block, call=call)
-        return self.head(h[:, length:], modulation.final, grid)
+        return self.head(h[:, length:tokens], modulation.final, grid)
 
     def embed(
         self, x: Float[Array, "B T Y X C"], text: Float[Array, "B L D"], grid: tuple[int, ...]
     ) -> Float[Array, "B M D"]:
-        """Text and latents as the joined sequence, with the positions that are added."""
+        """Text and latents as the joined sequence, with the positions that are added and padding behind it
+        (`whole_tiles`)."""
         cfg = self.cfg
         video = self.patch(patchify_3d(x.astype(cfg.dtype), cfg.patch_3d))
         frames, height, width = x.shape[1:4]
@@ -261,7 +268,7 @@ class CogVideoX(nnx.Module):
                 scales = (cfg.time_scale, cfg.space_scale, cfg.space_scale)
                 video += sincos_3d(cfg.width, grid, scales).astype(video.dtype)
             h = jnp.concatenate([text, video], 1)
-        return shard(h, "batch", "seq", "width", rules=cfg.rules)
+        return shard(whole_tiles(h, cfg.rules), "batch", "seq", "width", rules=cfg.rules)
 
     def rope(self, grid: tuple[int, ...], text: int) -> Rope | None:
         """Rotary positions of `text` tokens, which are left as they are, and of a grid of patches."""

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 from jdit.nn.attention import Lengths, attention
 from jdit.nn.exchange import Part, Tokens, attend_slices, choose, joined, split
 from jdit.sharding import Rules, shard
+from jdit.target import target
 
 log = logging.getLogger("jdit")
 
@@ -32,19 +33,23 @@ def attend(
     rules: Rules,
     kv_lengths: Lengths = None,
     key_counts: Float[Array, "S"] | None = None,
+    tokens: int | None = None,
     whole_keys: bool = False,
 ) -> Float[Array, "B N D"]:
     """`attention` of tokens that are spread; the heads come back side by side.
 
     Args:
         kv_lengths, key_counts: as of `attention`.
+        tokens: how many there are, where padding follows them (`whole_tiles`); not with whole_keys, where queries may
+            be padding.
         whole_keys: keys and values are whole on each device (text, a picture): queries attend where they are.
 
     Raises:
         ValueError: `rules.exchange` asks for a form that cannot be had.
     """
     if not whole_keys:
-        return attend_parts([(q, k, v)], rules=rules, kv_lengths=kv_lengths, key_counts=key_counts)[0]
+        few = None if tokens is None else (tokens,)
+        return attend_parts([(q, k, v)], rules=rules, kv_lengths=kv_lengths, key_counts=key_counts, tokens=few)[0]
     if _whole(q.shape[1], rules):
         return attend_whole(q, k, v, rules=rules, kv_lengths=kv_lengths, key_counts=key_counts)
     _log_choice("local, keys are whole", rules.ways("seq"), (q.shape[1],), (k.shape[1],), q.shape[2], 0)
@@ -61,47 +66,57 @@ def attend_parts(
     rules: Rules,
     kv_lengths: Lengths = None,
     key_counts: Float[Array, "S"] | None = None,
+    tokens: Sequence[int] | None = None,
 ) -> list[Float[Array, "B N D"]]:
     """`attend` among the tokens of all parts of a sequence, each part spread by itself; the results a part.
 
     Args:
         parts: queries, keys and values (B, tokens, H, K); a part may have no queries.
         kv_lengths, key_counts: of the joined sequence, the parts one after another, so that lengths cut the last.
+        tokens: of each part, where padding follows them; the results have it again.
 
     Raises:
         ValueError: as of `attend`.
     """
-    q = parts[0][0]
-    sizes = tuple(tuple(a.shape[1] for a in some) for some in zip(*parts))
+    q, tokens = parts[0][0], tokens or [part[1].shape[1] for part in parts]
+    sizes = tuple(tuple(min(a.shape[1], n) for a, n in zip(some, tokens)) for some in zip(*parts))
     if _whole(max(map(max, sizes)), rules):
-        out = attend_whole(*map(joined, zip(*parts)), rules=rules, kv_lengths=kv_lengths, key_counts=key_counts)
-        return split(out, sizes[0])
+        q, k, v = (joined([a[:, :n] for a, n in zip(some, few)]) for some, few in zip(zip(*parts), sizes))
+        out = split(attend_whole(q, k, v, rules=rules, kv_lengths=kv_lengths, key_counts=key_counts), sizes[0])
+        return [jnp.pad(o, ((0, 0), (0, part[0].shape[1] - o.shape[1]), (0, 0))) for o, part in zip(out, parts)]
     ways, tensor, heads = rules.ways("seq"), rules.ways("heads"), q.shape[2]
     form = choose(-(-heads // tensor), ways, rules.exchange)
     _log_choice(str(form), ways, sizes[0], sizes[1], heads, form.heads * tensor - heads)
-    tokens, _, batch = _specs(q.shape[0], rules)
+    spread, _, batch = _specs(q.shape[0], rules)
     run = functools.partial(attend_slices, sizes, rules.axes("seq"), form)
     padded = [tuple(_pad(a, ways, tensor) for a in part) for part in parts]
-    out = _shard_map(run, ([(tokens,) * 3] * len(parts), batch, P()), [tokens] * len(parts))(
+    out = _shard_map(run, ([(spread,) * 3] * len(parts), batch, P()), [spread] * len(parts))(
         padded, kv_lengths, key_counts
     )  # fmt: skip
-    return [_cut(o, n, heads) for o, n in zip(out, sizes[0])]
+    return [_cut(o, part[0].shape[1], heads) for o, part in zip(out, parts)]
 
 
 def attend_frames(
-    q: Float[Array, "B T*n H K"], k: Float[Array, "B T S H K"], v: Float[Array, "B T S H K"], *, rules: Rules
-) -> Float[Array, "B T*n D"]:
-    """`attention` of each frame's n tokens to the keys of that frame, which are whole on each device.
+    q: Float[Array, "B N H K"],
+    k: Float[Array, "B T S H K"],
+    v: Float[Array, "B T S H K"],
+    *,
+    rules: Rules,
+    tokens: int | None = None,
+) -> Float[Array, "B N D"]:
+    """`attention` of each frame's N/T tokens to the keys of that frame, which are whole on each device.
 
-    Frames end where no slice of the tokens does: a device puts its slice into the frames that it touches.
+    Frames end where no slice of the tokens does: a device puts its slice into the frames that it touches. `tokens` as
+    of `attend`: how many the frames have together, where padding follows.
     """
-    (b, total, heads, d), frames = q.shape, k.shape[1]
+    (b, padded, heads, d), frames = q.shape, k.shape[1]
+    total = tokens or padded
     n = total // frames
     fold = lambda a, tokens: a.reshape(-1, tokens, *a.shape[-2:])
     if _whole(total, rules):
-        q = shard(q, "batch", None, "attn", None, rules=rules)
+        q = shard(q[:, :total], "batch", None, "attn", None, rules=rules)
         out = attend_whole(fold(q, n), *(fold(a, a.shape[2]) for a in (k, v)), rules=rules)
-        return out.reshape(b, total, heads * d)
+        return jnp.pad(out.reshape(b, total, heads * d), ((0, 0), (0, padded - total), (0, 0)))
 
     def local(q: Tokens, k, v) -> Tokens:
         held = q.shape[1]
@@ -115,6 +130,14 @@ def attend_frames(
         return jax.lax.dynamic_slice_in_dim(out, offset, held, 1)
 
     return _local(local, q, (k, v), (), rules)
+
+
+def whole_tiles(x: Float[Array, "B N D"], rules: Rules) -> Float[Array, "B N_or_more D"]:
+    """Zeros behind the tokens, to a multiple of 8 on each device, on a GPU: XLA otherwise pads what each product is
+    given, and cuts what it gives, with kernels of their own."""
+    if target().platform != "gpu":
+        return x
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % (8 * rules.ways("seq"))), (0, 0)))
 
 
 def attend_whole(

@@ -4,7 +4,8 @@ Legend: B batch, H heads, K head dim; W devices, U of which exchange heads for t
 U R. A sequence has parts (a picture, its text); a device holds a slice of each.
 
 - Ulysses (arXiv 2309.14509), R = 1: one all-to-all gives every device all tokens of H/U heads, another takes the
-  results back. In between, attention is that of one device, cuDNN included.
+  results back. In between, attention is that of one device, cuDNN included. Queries, keys and values of a long sequence
+  have an all-to-all each: what arrives is then in order, and need not be copied.
 - Ring (arXiv 2310.01889), U = 1: queries stay, keys and values go round in R - 1 collective-permutes, and the partial
   results are merged in float32.
 - Both (arXiv 2405.07719): groups of U neighbours exchange heads, and what a group holds goes round R groups. It is for
@@ -26,6 +27,8 @@ Part = tuple[Tokens, Tokens, Tokens]
 """Queries, keys and values of one part of a sequence; their numbers of tokens may differ."""
 Sizes = tuple[tuple[int, ...], ...]
 """Tokens of each part's queries, keys and values on all devices together, without padding."""
+LONG = 16384
+"""Keys from which on queries, keys and values are sent apart: the copy that it saves outlasts two all-to-alls."""
 
 
 class Form(NamedTuple):
@@ -78,13 +81,19 @@ def attend_slices(
     heads, count = parts[0][0].shape[2], len(parts)
     pieces = [part[i] for i in range(3) for part in parts]
     if form.ulysses > 1:
-        pieces = _to_heads(pieces, axes, form)
+        apart = count == 1 and sizes[1][0] >= LONG
+        groups = [[piece] for piece in pieces] if apart else [pieces]
+        pieces = [a for group in groups for a in _to_heads(group, axes, form)]
     q, k, v = (pieces[i * count : (i + 1) * count] for i in range(3))
     if form.ring > 1:
         held = [a.shape[1] for a in k]
         seen = _ring(joined(q), joined(k), joined(v), sizes[1], held, axes, form, lengths, counts)
         out = split(seen, [a.shape[1] for a in q])
-    else:  # all tokens are here, in order: their padding is cut, and put back
+    elif count == 1 and counts is None:  # all tokens are here, in order: their padding, which is last, is not seen
+        if lengths is None and k[0].shape[1] > sizes[1][0]:
+            lengths = jnp.full(k[0].shape[0], sizes[1][0], jnp.int32)
+        out = [attention(q[0], k[0], v[0], kv_lengths=lengths)]
+    else:  # padding is between the parts: it is cut, and put back
         cut = lambda pieces, sizes: joined([a[:, :n] for a, n in zip(pieces, sizes)])
         seen = attention(*(map(cut, (q, k, v), sizes)), kv_lengths=lengths, key_counts=counts)
         again = lambda a, n: jnp.pad(a, ((0, 0), (0, n - a.shape[1]), (0, 0), (0, 0)))

@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jdit.nn import layers
-from jdit.nn.context_parallel import attend
+from jdit.nn.context_parallel import attend, whole_tiles
 from jdit.nn.joint import JointBlock, SelfAttention, gated_add, modulation_rows, of_tokens
 from jdit.nn.patch import patch_grid, patchify_3d, unpatchify_3d
 from jdit.nn.rope import Rope, apply_rope, grid_rope
@@ -170,14 +170,15 @@ class SingleBlock(nnx.Module):
         first: int,
         rope: Rope,
         kv_lengths: Int[Array, "B"] | None,
+        tokens: int | None = None,
     ) -> Float[Array, "B N+L D"]:
-        """Arguments as of `JointBlock`."""
+        """Arguments as of `JointBlock`, of one stream."""
         shift, scale, gate = of_tokens(rows, h.shape[1], first)
         parts = self.attn.qkv(layers.modulate_rows(h, shift, scale))
         with jax.named_scope("attention"):
             q, k, v = self.attn.split(parts)
             q, k = apply_rope(q, rope), apply_rope(k, rope)
-            seen = attend(q, k, v, rules=self.cfg.rules, kv_lengths=kv_lengths)
+            seen = attend(q, k, v, rules=self.cfg.rules, kv_lengths=kv_lengths, tokens=tokens)
         with jax.named_scope("mlp"):
             # attention's output in the place of v: a selection, where a concatenation is slow on GPUs (exchange.joined)
             is_seen = np.arange(1 + self.cfg.mlp_ratio)[:, None] == 0
@@ -298,16 +299,20 @@ class HunyuanVideo(nnx.Module):
         """
         cfg = self.cfg
         grid = patch_grid(x.shape[1:4], cfg.patch_3d)
-        h = self.patch(patchify_3d(x.astype(cfg.dtype), cfg.patch_3d))
-        h, n = shard(h, "batch", "seq", "width", rules=cfg.rules), h.shape[1]
-        kw: dict[str, Any] = dict(first=math.prod(grid[1:]), rope=self.rope(grid, text.shape[1]))
+        n, m, rope = math.prod(grid), text.shape[1], self.rope(grid, text.shape[1])
+        spread = lambda h: shard(whole_tiles(h, cfg.rules), "batch", "seq", "width", rules=cfg.rules)
+        kw: dict[str, Any] = dict(first=math.prod(grid[1:]))
         kw["kv_lengths"] = None if text_lengths is None else n + text_lengths
-        call = lambda block, carry, rows: block(*carry, *rows, **kw)
-        streams = layers.scan_blocks(self.blocks, (h, text), (modulation.video, modulation.text), call=call)
-        h = shard(jnp.concatenate(streams, 1), "batch", "seq", "width", rules=cfg.rules)
+        h = spread(self.patch(patchify_3d(x.astype(cfg.dtype), cfg.patch_3d)))
+        call = lambda block, carry, rows: block(*carry, *rows, rope=rope, tokens=(n, m), **kw)
+        video, words = layers.scan_blocks(
+            self.blocks, (h, whole_tiles(text, cfg.rules)), (modulation.video, modulation.text), call=call
+        )
+        h = spread(jnp.concatenate([video[:, :n], words[:, :m]], 1))
+        kw |= dict(rope=rope.padded(h.shape[1]), tokens=n + m)
         h = layers.scan_blocks(self.singles, h, modulation.single, call=lambda block, h, rows: block(h, rows, **kw))
         shift, scale = jnp.moveaxis(modulation.final, -2, 0)
-        return unpatchify_3d(self.final(layers.modulate(h[:, :n], shift, scale)), cfg.patch_3d, grid)
+        return unpatchify_3d(self.final(layers.modulate(h, shift, scale))[:, :n], cfg.patch_3d, grid)
 
     def rope(self, grid: tuple[int, ...], text: int) -> Rope:
         """Rotary positions of a grid of patches, and of `text` tokens after it, which are left as they are."""

@@ -17,7 +17,6 @@ from jdit.nn.context_parallel import attend, attend_parts
 from jdit.nn.exchange import joined
 from jdit.nn.rope import Rope, apply_rope
 from jdit.sharding import Rules, shard
-from jdit.target import target
 
 
 class JointConfig(Protocol):
@@ -116,49 +115,43 @@ class JointBlock(nnx.Module):
             rope: of the joined sequence, image before context, as `kv_lengths` and `key_counts` of `attention` are.
             tokens: how many image and context tokens attention has, where padding follows them (`whole_tiles`).
         """
-        cfg, (n, m) = self.cfg, tokens or (x.shape[1], c.shape[1])
+        cfg, tokens = self.cfg, tokens or (x.shape[1], c.shape[1])
         mx, mc = of_tokens(mod_x, x.shape[1], first), of_tokens(mod_c, c.shape[1])
-        cut = lambda parts, n: [a[:, :n] for a in parts]
-        again = lambda a, like: jnp.pad(a, ((0, 0), (0, like.shape[1] - a.shape[1]), (0, 0)))
         with jax.named_scope("joint_attention"):
-            image = cut(self.image.attn.project(layers.modulate_rows(x, mx[0], mx[1])), n)
-            context = cut(self.context.attn.project(layers.modulate_rows(c, mc[0], mc[1])), m)
+            image = self.image.attn.project(layers.modulate_rows(x, mx[0], mx[1]))
+            context = self.context.attn.project(layers.modulate_rows(c, mc[0], mc[1]))
             if self.last:  # nobody reads the context's output
                 context[0] = context[0][:, :0]
-            seen = self._attend(image, context, rope, kv_lengths=kv_lengths, key_counts=key_counts)
+            seen = self._attend(image, context, tokens, rope, kv_lengths=kv_lengths, key_counts=key_counts)
         before = x
-        x = gated_add(x, self.image.attn.merge(again(seen[0], x)), mx[2])
+        x = gated_add(x, self.image.attn.merge(seen[0]), mx[2])
         if self.attn2 is not None:
             with jax.named_scope("dual_attention"):
-                qkv = cut(self.attn2.project(layers.modulate_rows(before, mx[6], mx[7])), n)
-                x = gated_add(x, self.attn2.merge(again(attend(*qkv, rules=cfg.rules), x)), mx[8])
+                qkv = self.attn2.project(layers.modulate_rows(before, mx[6], mx[7]))
+                x = gated_add(x, self.attn2.merge(attend(*qkv, rules=cfg.rules, tokens=tokens[0])), mx[8])
         with jax.named_scope("mlp"):
             x = self.image.feed_forward(x, *mx[3:6])
             if not self.last:
-                c = gated_add(c, self.context.attn.merge(again(seen[1], c)), mc[2])
-                c = self.context.feed_forward(c, *mc[3:6])
+                c = self.context.feed_forward(gated_add(c, self.context.attn.merge(seen[1]), mc[2]), *mc[3:6])
         return shard(x, "batch", "seq", "width", rules=cfg.rules), shard(c, "batch", "seq", "width", rules=cfg.rules)
 
-    def _attend(self, image: list, context: list, rope: Rope | None, **kw) -> list[Float[Array, "B N_or_L D"]]:
-        """Attention of both streams' queries, keys and values; the results apart."""
-        n, turn = image[1].shape[1], lambda a, rope: a if rope is None else apply_rope(a, rope)
+    def _attend(
+        self, image: list, context: list, tokens: tuple[int, int], rope: Rope | None, **kw
+    ) -> list[Float[Array, "B N_or_L D"]]:
+        """Attention of both streams' queries, keys and values; the results apart, padded as the streams are."""
+        n, turn = tokens[0], lambda a, rope: a if rope is None else apply_rope(a, rope)
         if self.cfg.rules.ways("seq") > 1:  # each device has a slice of either stream: joining would move them
             ropes = (None, None) if rope is None else _cut(rope, n, self.cfg.rules)
+            ropes = (r and r.padded(part[1].shape[1]) for r, part in zip(ropes, (image, context)))
             parts = [(turn(q, r), turn(k, r), v) for (q, k, v), r in zip((image, context), ropes)]
-            return attend_parts(parts, rules=self.cfg.rules, **kw)
+            return attend_parts(parts, rules=self.cfg.rules, tokens=tokens, **kw)
         # norms carry the joining of q and k along, v comes as it is
         joins = (joined if self.cfg.qk_norm is None else lambda pair: jnp.concatenate(pair, 1),) * 2 + (joined,)
-        q, k, v = (join(pair) for join, pair in zip(joins, zip(image, context)))
+        cut = lambda pair: [a[:, :m] for a, m in zip(pair, tokens)]
+        q, k, v = (join(cut(pair)) for join, pair in zip(joins, zip(image, context)))
         joint = attend(turn(q, rope), turn(k, rope), v, rules=self.cfg.rules, **kw)
-        return [joint[:, :n], joint[:, n:]]
-
-
-def whole_tiles(x: Float[Array, "B N D"], rules: Rules) -> Float[Array, "B N_or_more D"]:
-    """Zeros behind the tokens, to a multiple of 8, on a GPU where they are not spread: XLA otherwise pads what each
-    product is given, and cuts what it gives, with kernels of their own."""
-    if target().platform != "gpu" or rules.ways("seq") > 1:
-        return x
-    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % 8), (0, 0)))
+        again = lambda a, like: jnp.pad(a, ((0, 0), (0, like.shape[1] - a.shape[1]), (0, 0)))
+        return [again(joint[:, :n], image[0]), again(joint[:, n:], context[0])]
 
 
 def of_tokens(rows: Float[Array, "B M n D"], tokens: int, first: int = 0) -> list[Float[Array, "B N_or_1 D"]]:

@@ -15,7 +15,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from jdit.nn import layers
-from jdit.nn.joint import JointBlock, modulation_rows, whole_tiles
+from jdit.nn.context_parallel import whole_tiles
+from jdit.nn.joint import JointBlock, modulation_rows
 from jdit.nn.patch import crop_centre, patchify, sincos_2d, unpatchify
 from jdit.sharding import Rules, shard
 
@@ -163,7 +164,7 @@ class MMDiT(nnx.Module):
                 blocks, carry, (image, text, off), call=lambda b, c, m: _run(b, c, *m, counts=counts, tokens=tokens)
             )
         shift, scale = jnp.moveaxis(modulation.final, -2, 0)
-        return unpatchify(self.final(layers.modulate(carry[0][:, : tokens[0]], shift, scale)), cfg.patch, rows)
+        return unpatchify(self.final(layers.modulate(carry[0], shift, scale))[:, : tokens[0]], cfg.patch, rows)
 
     def __call__(self, x, t, context, pooled, *, context_counts=None, skip=None):
         """Velocity for latents x (B, H, W, C) at timestep t (scalar or (B,)), raw context (B, L, J), pooled (B, P)."""

@@ -17,7 +17,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jdit.nn import layers
-from jdit.nn.joint import JointBlock, modulation_rows, whole_tiles
+from jdit.nn.context_parallel import whole_tiles
+from jdit.nn.joint import JointBlock, modulation_rows
 from jdit.nn.patch import patch_grid, patchify_3d, unpatchify_3d
 from jdit.nn.rope import Rope, grid_rope, rope_table
 from jdit.sharding import Rules, shard
@@ -179,7 +180,7 @@ class QwenImage(nnx.Module):
         call = lambda block, carry, rows: block(*carry, *rows, **kw)
         h, _ = layers.scan_blocks(self.blocks, (h, text), (modulation.image, modulation.text), call=call)
         shift, scale = jnp.moveaxis(modulation.final, -2, 0)
-        out = unpatchify_3d(self.final(layers.modulate(h[:, :own], shift, scale)), cfg.patch_3d, grids[0])
+        out = unpatchify_3d(self.final(layers.modulate(h, shift, scale))[:, :own], cfg.patch_3d, grids[0])
         return out if x.ndim == 5 else out[:, 0]
 
     def __call__(self, x, t, text, *, text_lengths=None, pictures=(), kind=KIND):

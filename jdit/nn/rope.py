@@ -19,6 +19,11 @@ class Rope(NamedTuple):
     cos: Float[Array, "*B N K/2"]
     sin: Float[Array, "*B N K/2"]
 
+    def padded(self, tokens: int) -> "Rope":
+        """With zeros for the padding behind the tokens, to so many."""
+        rows = ((0, tokens - self.cos.shape[-2]), (0, 0))
+        return Rope(*(jnp.pad(a, ((0, 0),) * (a.ndim - 2) + rows) for a in self))
+
 
 def rope_table(positions: Sequence[Float[np.ndarray, "N"]], dims: Sequence[int], theta: float = 10000.0) -> Rope:
     """The table of tokens with a position on each axis.

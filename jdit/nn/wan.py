@@ -7,6 +7,7 @@ attends to itself with rotary positions, then to text (and a picture's tokens) w
 
 import dataclasses
 import functools
+import math
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -16,7 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jdit.nn import layers
-from jdit.nn.context_parallel import attend
+from jdit.nn.context_parallel import attend, whole_tiles
 from jdit.nn.patch import patch_grid, patchify_3d, unpatchify_3d
 from jdit.nn.rope import Rope, apply_rope, grid_rope
 from jdit.sharding import Rules, shard
@@ -106,11 +107,11 @@ class SelfAttention(nnx.Module):
         self.norm_q, self.norm_k = _across_heads(cfg), _across_heads(cfg)
         self.out = layers.linear(d, d, ("heads", "embed"), dtype=cfg.dtype, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "B N D"], rope: Rope) -> Float[Array, "B N D"]:
+    def __call__(self, x: Float[Array, "B N D"], rope: Rope, tokens: int | None = None) -> Float[Array, "B N D"]:
         cfg, qkv = self.cfg, self.qkv(x)
         q = apply_rope(_split(cfg, self.norm_q(qkv[:, :, 0])), rope)
         k = apply_rope(_split(cfg, self.norm_k(qkv[:, :, 1])), rope)
-        return self.out(attend(q, k, _split(cfg, qkv[:, :, 2]), rules=cfg.rules))
+        return self.out(attend(q, k, _split(cfg, qkv[:, :, 2]), rules=cfg.rules, tokens=tokens))
 
 
 class CrossAttention(nnx.Module):
@@ -158,14 +159,20 @@ class WanBlock(nnx.Module):
         self.mlp = layers.Mlp(cfg.width, cfg.mlp, layers.gelu_tanh, dtype=cfg.dtype, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "B N D"], modulation: Float[Array, "B M 6 D"], rope: Rope, context: Context
+        self,
+        x: Float[Array, "B N D"],
+        modulation: Float[Array, "B M 6 D"],
+        rope: Rope,
+        context: Context,
+        tokens: int | None = None,
     ) -> Float[Array, "B N D"]:
+        """`tokens` is how many there are; padding may follow them (`whole_tiles`)."""
         cfg, n = self.cfg, x.shape[1]
         shift, scale, gate, shift_2, scale_2, gate_2 = jnp.moveaxis(self.table.get_value() + modulation, -2, 0)
         modulate = lambda x, shift, scale: layers.modulate_rows(x, shift, scale, cfg.eps)
         add = lambda x, update, gate: (x + layers.spread(gate, n) * update).astype(x.dtype)
         with jax.named_scope("self_attention"):
-            x = add(x, self.attn(modulate(x, shift, scale), rope), gate)
+            x = add(x, self.attn(modulate(x, shift, scale), rope, tokens), gate)
         with jax.named_scope("cross_attention"):
             x = x + self.cross(x if self.norm is None else self.norm(x), context)
         with jax.named_scope("mlp"):
@@ -258,9 +265,10 @@ class WanTrunk(nnx.Module):
         keys = lambda block: block.cross.context(states, picture)._replace(counts=counts)
         return jax.lax.map(keys, self.blocks)
 
-    def embed(self, x: Float[Array, "B T Y X C"]) -> Float[Array, "B N D"]:
-        """Latents to tokens."""
+    def embed(self, x: Float[Array, "B T Y X C"], modulation: Modulation) -> Float[Array, "B N D"]:
+        """Latents to tokens, with padding behind them (`whole_tiles`) unless time differs between tokens."""
         tokens = self.patch(patchify_3d(x.astype(self.cfg.dtype), self.cfg.patch))
+        tokens = whole_tiles(tokens, self.cfg.rules) if modulation.block.shape[1] == 1 else tokens
         return shard(tokens, "batch", "seq", "width", rules=self.cfg.rules)
 
     def rope(self, grid: tuple[int, ...]) -> Rope:
@@ -275,7 +283,7 @@ class WanTrunk(nnx.Module):
     ) -> Float[Array, "B T Y X C"]:
         """Tokens to the velocity."""
         h = layers.modulate_rows(h, final[..., 0, :], final[..., 1, :], self.cfg.eps)
-        return unpatchify_3d(self.final(h), self.cfg.patch, grid)
+        return unpatchify_3d(self.final(h)[:, : math.prod(grid)], self.cfg.patch, grid)
 
 
 class Wan(WanTrunk):
@@ -291,8 +299,9 @@ class Wan(WanTrunk):
         """
         cfg = self.cfg
         grid = patch_grid(x.shape[1:4], cfg.patch)
-        h, rope = self.embed(x), self.rope(grid)
-        call = lambda block, h, c: block(h, modulation.block, rope, c)
+        h, tokens = self.embed(x, modulation), math.prod(grid)
+        rope = self.rope(grid).padded(h.shape[1])
+        call = lambda block, h, c: block(h, modulation.block, rope, c, tokens)
         return self.head(layers.scan_blocks(self.blocks, h, context, call=call), modulation.final, grid)
 
     def __call__(self, x, t, text, image=None):

@@ -6,6 +6,7 @@ face tokens a latent frame, A face adapters. The first latent frame is the refer
 face of zeros.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -46,9 +47,9 @@ class FaceAdapter(nnx.Module):
         k, v = (shard(a, "batch", None, None, "heads", None, rules=self.cfg.rules) for a in (self.norm_k(kv[0]), kv[1]))
         return k, v
 
-    def __call__(self, x: Float[Array, "B N D"], face: Face) -> Float[Array, "B N D"]:
+    def __call__(self, x: Float[Array, "B N D"], face: Face, tokens: int | None = None) -> Float[Array, "B N D"]:
         q = self.norm_q(rearrange(self.q(self._norm(x)), "b n (h k) -> b n h k", h=self.cfg.heads))
-        return self.out(attend_frames(q, *face, rules=self.cfg.rules))
+        return self.out(attend_frames(q, *face, rules=self.cfg.rules, tokens=tokens))
 
     def _norm(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         return layers.layer_norm(x, self.cfg.eps).astype(x.dtype)
@@ -116,19 +117,21 @@ class WanAnimate(WanTrunk):
         """
         cfg = self.cfg
         grid = patch_grid(x.shape[1:4], cfg.patch)
-        h, rope, frames = self.embed(x), self.rope(grid), face[0].shape[2]
-        if pose.shape[1] != h.shape[1]:
-            raise ValueError(f"a pose of {pose.shape[1]} tokens; the latents of {x.shape[1:4]} have {h.shape[1]}")
-        if frames != x.shape[1] or h.shape[1] % frames:
+        h, tokens, frames = self.embed(x, modulation), math.prod(grid), face[0].shape[2]
+        rope = self.rope(grid).padded(h.shape[1])
+        if pose.shape[1] != tokens:
+            raise ValueError(f"a pose of {pose.shape[1]} tokens; the latents of {x.shape[1:4]} have {tokens}")
+        pose = jnp.pad(pose, ((0, 0), (0, h.shape[1] - tokens), (0, 0)))
+        if frames != x.shape[1] or tokens % frames:
             raise ValueError(f"a face of {frames} latent frames (1 + a quarter of its own); latents of {x.shape[1:4]}")
-        block = lambda block, h, c: block(h, modulation.block, rope, c)
+        block = lambda block, h, c: block(h, modulation.block, rope, c, tokens)
         at = lambda part, tree: jax.tree.map(lambda a: a[part], tree)
 
         def group(parts, h, given):
             (blocks, adapter), (context, face) = parts, given
             h = block(at(0, blocks), h, at(0, context))
             with jax.named_scope("face_adapter"):
-                h = h + adapter(h, face)
+                h = h + adapter(h, face, tokens)
             rest = slice(1, None)
             return layers.scan_blocks(at(rest, blocks), h, at(rest, context), call=block)
 

@@ -17,7 +17,7 @@ from util_sd3 import channels_last, error, noise, transformer
 from convert import sd3
 from convert.table import back, fill, plan
 from jdit import sharding
-from jdit.nn.joint import whole_tiles
+from jdit.nn.context_parallel import whole_tiles
 from jdit.nn.mmdit import MMDiT
 from jdit.nn.patch import sincos_2d
 from jdit.sharding import dotted

@@ -16,7 +16,7 @@ from util_sd3 import error, noise
 
 from convert import qwen_image, registry, write
 from jdit import sharding, zoo
-from jdit.nn.joint import whole_tiles
+from jdit.nn.context_parallel import whole_tiles
 from jdit.nn.qwen_image import QwenImageConfig, ms_rope
 from jdit.sharding import dotted
 from jdit.target import Target, compiling_for
