@@ -193,6 +193,7 @@ def test_eight_devices_equal_one(alone, sizes, rules):
 TRANSFORMERS = {name: case for name, case in CASES.items() if case.spread}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alone", TRANSFORMERS.values(), ids=TRANSFORMERS, indirect=True)
 @pytest.mark.parametrize("sizes", [{}, dict(data=2, sequence=2, tensor=2)], ids=["one", "2x2x2"])
 def test_padding_on_a_gpu(alone, sizes):
