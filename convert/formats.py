@@ -125,7 +125,7 @@ def _read(path: Path, key: str, shape: tuple[int, ...], dtype: np.dtype, offset:
 def _reason(error: Exception) -> str:
     """Torch's, in a line: what it found where it says so, not its advice to load the file unsafely."""
     found = re.search(r"WeightsUnpickler error: (.*?)(?:\. |\.?$)", str(error), re.MULTILINE)
-    return found[1] if found else f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    return found[1] if found else ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
 
 
 def _pickled(path: Path) -> dict[str, Tensor]:
