@@ -122,6 +122,12 @@ def _read(path: Path, key: str, shape: tuple[int, ...], dtype: np.dtype, offset:
         raise ConversionError(f"{path}: {key}: {e.strerror}") from e
 
 
+def _reason(error: Exception) -> str:
+    """Torch's, in a line: what it found where it says so, not its advice to load the file unsafely."""
+    found = re.search(r"WeightsUnpickler error: (.*?)(?:\. |\.?$)", str(error), re.MULTILINE)
+    return found[1] if found else ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
+
+
 def _pickled(path: Path) -> dict[str, Tensor]:
     try:
         import torch
@@ -130,8 +136,7 @@ def _pickled(path: Path) -> dict[str, Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as e:  # torch raises pickle, zip, OS and runtime errors here
-        line = (str(e).splitlines() or [type(e).__name__])[0]
-        raise ConversionError(f"{path}: not weights that torch reads safely: {line}") from e
+        raise ConversionError(f"{path}: not weights that torch reads safely: {_reason(e)}") from e
     while isinstance(state, Mapping) and not any(isinstance(v, torch.Tensor) for v in state.values()):
         inner = [v for v in state.values() if isinstance(v, Mapping)]
         if len(inner) != 1:

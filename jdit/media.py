@@ -129,7 +129,10 @@ def write(image: Image.Image, path: Path, **options):
 @contextlib.contextmanager
 def beside(path: Path) -> Iterator[Path]:
     """A temporary sibling of `path` that becomes `path` when the block ends, and vanishes if it raises (Ctrl-C too)."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+    except OSError as e:
+        raise type(e)(f"{path} cannot be written: {e.strerror}") from e
     os.close(handle)
     partial = Path(name)
     try:

@@ -47,6 +47,12 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_folder_that_vanished_is_named(tmp_path):
+    """While the picture was being made."""
+    with pytest.raises(FileNotFoundError, match=r"gone/a\.png cannot be written: No such file"):
+        media.write(Image.new("RGB", (2, 2)), tmp_path / "gone" / "a.png")
+
+
 def test_pictures_that_are_none(tmp_path):
     (tmp_path / "a.png").write_bytes(b"not a picture")
     with pytest.raises(ValueError, match="not a picture"):

@@ -222,7 +222,16 @@ def test_pickles_with_code_are_refused(tmp_path):
             return (open, (str(tmp_path / "owned"), "w"))
 
     torch.save({"w": Evil()}, tmp_path / "x.pt")
-    fails(lambda: open_weights(tmp_path / "x.pt"), "x.pt", "safely")
+    said = fails(
+        lambda: open_weights(tmp_path / "x.pt"), "x.pt", "safely: Unsupported global", "open", "not an allowed"
+    )
+    assert "\x1b" not in said and "can still be loaded" not in said  # torch's advice is to read it unsafely
+    (tmp_path / "text.pt").write_text("hello " * 30)
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "x.pt").read_bytes()[:-100])
+    for name in ("text.pt", "cut.pt"):
+        fails(
+            lambda name=name: open_weights(tmp_path / name), f"{name}: not weights that torch reads safely", "Error: "
+        )
     assert not (tmp_path / "owned").exists()
 
 
