@@ -44,7 +44,8 @@ def write_segments(pipe, prompts: Sequence[str], output: Path, fps: float | None
                 raise
             files.close()
             names = ", ".join(str(writer.path) for writer in writers)
-            say(f"interrupted; {names} holds {writers[0].num_frames} frames, the {made} whole segments that were made")
+            whole = f"the {made} whole segments that were" if made > 1 else "the one whole segment that was"
+            say(f"interrupted; {names} holds {writers[0].num_frames} frames, {whole} made")
             sys.exit(130)
     return [writer.path for writer in writers], timings
 

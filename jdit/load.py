@@ -122,6 +122,8 @@ class Opened:
         dry, given = self.dry(), {name: n for name, n in sizes.items() if n is not None}
         if unknown := sorted(given.keys() - set(dry.takes)):
             raise ValueError(f"{self.parts.family} does not take {', '.join(unknown)}")
+        if not given:
+            return self
         dry.size(given.get("height"), given.get("width"))
         dry.frames(given.get("num_frames"))
         plan = dataclasses.replace(self.parts.plan, **given)
@@ -139,13 +141,24 @@ class Opened:
             sizes[name] = sum(
                 sharding.bytes_a_device(leaves[p]) for p in _paths(parts.configs[component], part, leaves)
             )
-        activations = dry.activations() / (mesh.size if mesh is not None else 1)
+        activations = _activations(dry) / (mesh.size if mesh is not None else 1)
         plan = memory.plan(stages, sizes, memory.room(activations, limit) if room is None else room, dry.tables())
         return plan._replace(activations=int(activations))
 
     def dry(self) -> Pipeline:
         """The pipeline without weights: it checks sizes and arguments."""
         return PIPELINES[self.parts.family](self.parts, Weights({}))
+
+
+def _activations(dry: Pipeline) -> float:
+    """Bytes of a usual call; 0 where its size is none that this model takes (it has other patches than its family)."""
+    try:
+        dry.size()
+        dry.frames()
+    except ValueError as e:
+        log.info("what activations take is not known: in a usual call %s", e)
+        return 0
+    return dry.activations()
 
 
 def _paths(cfg: Any, part: str | None, targets: Mapping[sharding.Path, Any]) -> list[sharding.Path]:

@@ -55,11 +55,12 @@ def test_the_file_grows(tmp_path):
 
 
 def test_ctrl_c_leaves_whole_segments(tmp_path, capsys):
-    with pytest.raises(SystemExit) as e:
-        write_segments(Toy(KeyboardInterrupt()), ["a cat"], tmp_path / "x.mp4", None, steps=4)
-    assert e.value.code == 130 and len(video(tmp_path / "x.mp4").frames) == 10
-    assert "x.mp4 holds 10 frames, the 2 whole segments that were made" in capsys.readouterr().err.replace("\n", "")
-    assert [p.name for p in tmp_path.iterdir()] == ["x.mp4"]
+    for made, told in ((1, "5 frames, the one whole segment that"), (2, "10 frames, the 2 whole segments that")):
+        with pytest.raises(SystemExit) as e:
+            write_segments(Toy(KeyboardInterrupt(), after=made), ["a cat"], tmp_path / "x.mp4", None, steps=4)
+        assert e.value.code == 130 and len(video(tmp_path / "x.mp4").frames) == 5 * made
+        assert f"x.mp4 holds {told} w" in capsys.readouterr().err.replace("\n", "")
+        assert [p.name for p in tmp_path.iterdir()] == ["x.mp4"]
 
 
 def test_ctrl_c_before_the_first_leaves_nothing(tmp_path):

@@ -33,7 +33,7 @@ CASES = {  # (frames, segment_frames, overlap_frames, replace, guidance)
     "three segments, guided": (25, 9, 1, False, 3.0),
     "five frames over, guided": (20, 13, 5, False, 2.5),
     "replaced": (15, 9, 1, True, 1.0),
-    "replaced, five frames over, guided": (19, 13, 5, True, 3.0),
+    "replaced, three segments, five frames over, guided": (24, 13, 5, True, 3.0),
     "shorter than a segment": (6, 9, 1, False, 1.0),
 }
 

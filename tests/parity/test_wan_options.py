@@ -188,6 +188,18 @@ def test_arguments_are_refused_before_loading(folders, kind):
     assert dry.frames(9) == 9
 
 
+def test_a_model_that_does_not_take_the_usual_size(tmp_path, monkeypatch):
+    """It is loaded all the same; a call says its size."""
+    monkeypatch.setitem(KINDS, "patches", {"transformer": KINDS["t2v"]["transformer"] | {"patch_size": (2, 1, 3)}})
+    pipeline(tmp_path / "x", "patches")
+    pipe = jdit.load(tmp_path / "x", dtype="float32")
+    with pytest.raises(ValueError, match="num_frames=81 does not work, 77 or 85 would"):
+        pipe("a cat", height=48, width=72)
+    pipe.check(height=48, width=72, num_frames=13)
+    told = json.loads(CliRunner().invoke(main, ["inspect", str(tmp_path / "x"), "--json"]).stdout)
+    assert told["problems"] == [] and told["memory"]["activations"] == 0
+
+
 def edited(folders, tmp_path, kind, name, **fields):
     folder = shutil.copytree(folders(kind), tmp_path / kind)
     place = folder / name

@@ -5,10 +5,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import util_text
-from diffusers import UniPCMultistepScheduler, WanAnimatePipeline, WanAnimateTransformer3DModel
+import util_wan_animate
+from diffusers import UniPCMultistepScheduler, WanAnimatePipeline
 from PIL import Image
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
-from util_sd3 import noise, randomise, t5_tokenizer
+from util_sd3 import t5_tokenizer
 from util_wan_pipeline import VAE_21, VISION, Z, text_encoder, vae
 
 SIDE = 16
@@ -21,20 +22,13 @@ TRANSFORMER = dict(
 )  # fmt: skip
 
 
-def transformer(seed: int = 1) -> WanAnimateTransformer3DModel:
-    model = randomise(WanAnimateTransformer3DModel(**TRANSFORMER), seed)
-    for name, p in model.named_parameters():
-        if name.endswith(("scale_shift_table", "padding_tokens")):
-            p.data = 0.5 * noise(seed + p.numel(), *p.shape)
-    return model
-
-
 def pipeline(folder: Path) -> WanAnimatePipeline:
     """A whole tiny pipeline, saved to `folder`."""
     tokens = t5_tokenizer()
     side = {"height": 28, "width": 28}
     pipe = WanAnimatePipeline(
-        tokenizer=tokens, text_encoder=text_encoder(len(tokens)), vae=vae(**VAE_21), transformer=transformer(),
+        tokenizer=tokens, text_encoder=text_encoder(len(tokens)), vae=vae(**VAE_21),
+        transformer=util_wan_animate.transformer(**TRANSFORMER),
         scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
         image_processor=CLIPImageProcessor(size={"shortest_edge": 28}, crop_size=side),
         image_encoder=util_text.randomise(CLIPVisionModel(CLIPVisionConfig(**VISION)), 6),  # type: ignore[arg-type]
