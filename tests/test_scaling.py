@@ -23,10 +23,10 @@ def test_attention_is_what_the_program_without_it_lacks(monkeypatch):
 def test_times_of_collectives():
     h100, v5p = scaling.CHIPS["H100"], scaling.CHIPS["v5p"]
     spent = lambda chip, kind, group, ways: scaling.collective_time(chip, kind, 1e9, group, ways) - chip.late
-    assert spent(h100, "all-to-all", 2, 2) == pytest.approx(0.5e9 / 360e9)  # half of it comes from the other
+    assert spent(h100, "all-to-all", 2, 2) == pytest.approx(0.5e9 / 250e9)  # half of it comes from the other
     assert spent(h100, "all-to-all", 16, 16) == pytest.approx(0.5e9 / 40e9)  # half from the other host
     # half comes by eight ports; passing all of it on inside the host takes longer
-    assert spent(h100, "all-gather", 16, 16) == pytest.approx(15 / 16 * 1e9 / 360e9)
-    assert spent(h100, "collective-permute", 2, 8) == pytest.approx(1e9 / 360e9)
+    assert spent(h100, "all-gather", 16, 16) == pytest.approx(15 / 16 * 1e9 / 250e9)
+    assert spent(h100, "collective-permute", 2, 8) == pytest.approx(1e9 / 250e9)
     assert spent(v5p, "all-to-all", 2, 2) == pytest.approx(0.5e9 / 90e9)
     assert spent(v5p, "all-gather", 2, 2) == pytest.approx(0.5e9 / 90e9)
