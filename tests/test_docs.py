@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from jdit import sampling
+from jdit.sampling import segments
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGE = (DOCS / "sampling.md").read_text()
@@ -39,7 +40,7 @@ def test_the_table_of_segments():
     rows = re.findall(r"^\| (\d+) \| (\d+) \| (\d+) \| (\d+) \| (\d+) \|$", (DOCS / "segments.md").read_text(), re.M)
     assert len(rows) == 7
     for frames, *told in (map(int, row) for row in rows):
-        plans = [sampling.segments.plan(frames, 77, overlap) for overlap in (1, 5)]
+        plans = [segments.plan(frames, 77, overlap) for overlap in (1, 5)]
         assert told == [n for plan in plans for n in (plan.count, plan.padded)]
 
 
