@@ -89,7 +89,8 @@ def unpack(recipe: Recipe, source: Path, work: Path) -> None:
     work.mkdir(parents=True, exist_ok=True)
     with tarfile.open(fileobj=io.BytesIO(b"".join(p.read_bytes() for p in parts))) as archive:
         members = [m for m in archive.getmembers() if m.name.partition("/")[0] not in there]
-        archive.extractall(work, members, filter="data")
+        archive.extraction_filter = getattr(tarfile, "data_filter", None)  # Python 3.11 has it from 3.11.4 on
+        archive.extractall(work, members)
 
 
 def train_stage(
