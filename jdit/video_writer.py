@@ -68,7 +68,9 @@ class VideoWriter:
             raise ValueError(f"{path}: crf={crf} (0 to 51), height={height}, width={width} (1 to 8192)")
         self.num_frames, self._segments, self._bytes = 0, 0, 0
         self._format = MOVIES[self.path.suffix.lower()]
-        self._options = {"crf": str(crf)} | ({"bf": "0"} if growing else {})  # no B-frame reaches past its segment
+        # so that the same frames make the same file: of small ones x264's quick code does not always
+        self._options = {"crf": str(crf), "x264-params": "cpu-independent=1"}
+        self._options |= {"bf": "0"} if growing else {}  # no B-frame reaches past its segment
         self._growing, self._keep = growing, keep_partial or growing
         if height % 2 or width % 2:
             even = f"{height + height % 2} x {width + width % 2}"
