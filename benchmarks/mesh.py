@@ -100,8 +100,7 @@ def measure(case: str, tiny: bool) -> dict[str, Any]:
         return x - 0.05 * velocity
 
     def several(module, x, prepared):
-        one = lambda x: step(module, x, prepared)
-        return one(x) if steps == 1 else jax.lax.fori_loop(0, steps, lambda _, x: one(x), x)
+        return jax.lax.fori_loop(0, steps, lambda _, x: step(module, x, prepared), x)
 
     def run(what: str, mesh, module, x, given) -> tuple[dict[str, Any], Any]:
         with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):

@@ -43,7 +43,7 @@ def test_keypoints_to_videos_that_go_together(folder, monkeypatch):
     code, said = run("pose", "points.npy", "-o", "pose.mp4", "--video", "dance.mp4", "--face", "face.mp4")
     assert code == 0 and "pose.mp4, face.mp4: 4 frames" in said
     faces = pose.crop_faces(video("dance.mp4").frames, folder)
-    # what the encoder is given: its threads do not always agree on the bytes of the file
+    # what the encoder is given
     for name, want in (("pose.mp4", pose.draw(folder, 64, 96)), ("face.mp4", faces)):
         np.testing.assert_array_equal(np.concatenate(written[name]), want)
     assert run("check", "--pose", "pose.mp4", "--face", "face.mp4", "--size", "96x64") == (

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from jdit.nn.attention import Lengths, attention
-from jdit.nn.exchange import Part, Tokens, attend_slices, choose, joined, split
+from jdit.nn.exchange import Part, Tokens, attend_slices, choose, joined, padded, split
 from jdit.sharding import Rules, shard
 from jdit.target import target
 
@@ -83,15 +83,15 @@ def attend_parts(
     if _whole(max(map(max, sizes)), rules):
         q, k, v = (joined([a[:, :n] for a, n in zip(some, few)]) for some, few in zip(zip(*parts), sizes))
         out = split(attend_whole(q, k, v, rules=rules, kv_lengths=kv_lengths, key_counts=key_counts), sizes[0])
-        return [jnp.pad(o, ((0, 0), (0, part[0].shape[1] - o.shape[1]), (0, 0))) for o, part in zip(out, parts)]
+        return [padded(o, part[0].shape[1]) for o, part in zip(out, parts)]
     ways, tensor, heads = rules.ways("seq"), rules.ways("heads"), q.shape[2]
     form = choose(-(-heads // tensor), ways, rules.exchange)
     _log_choice(str(form), ways, sizes[0], sizes[1], heads, form.heads * tensor - heads)
     spread, _, batch = _specs(q.shape[0], rules)
     run = functools.partial(attend_slices, sizes, rules.axes("seq"), form)
-    padded = [tuple(_pad(a, ways, tensor) for a in part) for part in parts]
+    whole = [tuple(_pad(a, ways, tensor) for a in part) for part in parts]
     out = _shard_map(run, ([(spread,) * 3] * len(parts), batch, P()), [spread] * len(parts))(
-        padded, kv_lengths, key_counts
+        whole, kv_lengths, key_counts
     )  # fmt: skip
     return [_cut(o, part[0].shape[1], heads) for o, part in zip(out, parts)]
 
@@ -109,14 +109,14 @@ def attend_frames(
     Frames end where no slice of the tokens does: a device puts its slice into the frames that it touches. `tokens` as
     of `attend`: how many the frames have together, where padding follows.
     """
-    (b, padded, heads, d), frames = q.shape, k.shape[1]
-    total = tokens or padded
+    (b, held, heads, d), frames = q.shape, k.shape[1]
+    total = tokens or held
     n = total // frames
     fold = lambda a, tokens: a.reshape(-1, tokens, *a.shape[-2:])
     if _whole(total, rules):
         q = shard(q[:, :total], "batch", None, "attn", None, rules=rules)
         out = attend_whole(fold(q, n), *(fold(a, a.shape[2]) for a in (k, v)), rules=rules)
-        return jnp.pad(out.reshape(b, total, heads * d), ((0, 0), (0, padded - total), (0, 0)))
+        return padded(out.reshape(b, total, heads * d), held)
 
     def local(q: Tokens, k, v) -> Tokens:
         held = q.shape[1]
@@ -137,7 +137,7 @@ def whole_tiles(x: Float[Array, "B N D"], rules: Rules) -> Float[Array, "B N_or_
     given, and cuts what it gives, with kernels of their own."""
     if target().platform != "gpu":
         return x
-    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % (8 * rules.ways("seq"))), (0, 0)))
+    return padded(x, x.shape[1] + -x.shape[1] % (8 * rules.ways("seq")))
 
 
 def attend_whole(

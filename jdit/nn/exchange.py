@@ -96,8 +96,7 @@ def attend_slices(
     else:  # padding is between the parts: it is cut, and put back
         cut = lambda pieces, sizes: joined([a[:, :n] for a, n in zip(pieces, sizes)])
         seen = attention(*(map(cut, (q, k, v), sizes)), kv_lengths=lengths, key_counts=counts)
-        again = lambda a, n: jnp.pad(a, ((0, 0), (0, n - a.shape[1]), (0, 0), (0, 0)))
-        out = [again(a, whole.shape[1]) for a, whole in zip(split(seen, sizes[0]), q)]
+        out = [padded(a, whole.shape[1]) for a, whole in zip(split(seen, sizes[0]), q)]
     return _to_tokens(out, axes, form, heads) if form.ulysses > 1 else out
 
 
@@ -167,6 +166,11 @@ def joined(pieces: Sequence[Array], axis: int = 1) -> Array:
     for i in reversed(range(len(pieces) - 1)):
         out = jnp.where(at < ends[i], wide(i), out)
     return out
+
+
+def padded(x: Float[Array, "B n ..."], tokens: int) -> Float[Array, "B N ..."]:
+    """With zeros behind the tokens, to so many."""
+    return jnp.pad(x, [(0, tokens - n if axis == 1 else 0) for axis, n in enumerate(x.shape)])
 
 
 def split(x: Array, sizes: Sequence[int], axis: int = 1) -> list[Array]:

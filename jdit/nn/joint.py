@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from jdit.nn import layers
 from jdit.nn.context_parallel import attend, attend_parts
-from jdit.nn.exchange import joined
+from jdit.nn.exchange import joined, padded
 from jdit.nn.rope import Rope, apply_rope
 from jdit.sharding import Rules, shard
 
@@ -150,8 +150,7 @@ class JointBlock(nnx.Module):
         cut = lambda pair: [a[:, :m] for a, m in zip(pair, tokens)]
         q, k, v = (join(cut(pair)) for join, pair in zip(joins, zip(image, context)))
         joint = attend(turn(q, rope), turn(k, rope), v, rules=self.cfg.rules, **kw)
-        again = lambda a, like: jnp.pad(a, ((0, 0), (0, like.shape[1] - a.shape[1]), (0, 0)))
-        return [again(joint[:, :n], image[0]), again(joint[:, n:], context[0])]
+        return [padded(joint[:, :n], image[0].shape[1]), padded(joint[:, n:], context[0].shape[1])]
 
 
 def of_tokens(rows: Float[Array, "B M n D"], tokens: int, first: int = 0) -> list[Float[Array, "B N_or_1 D"]]:

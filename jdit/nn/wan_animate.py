@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 
 from jdit.nn import layers
 from jdit.nn.context_parallel import attend_frames
+from jdit.nn.exchange import padded
 from jdit.nn.motion import FaceEncoder, MotionEncoder
 from jdit.nn.patch import patch_grid, patchify_3d
 from jdit.nn.wan import Context, Modulation, WanTrunk
@@ -121,7 +122,7 @@ class WanAnimate(WanTrunk):
         rope = self.rope(grid).padded(h.shape[1])
         if pose.shape[1] != tokens:
             raise ValueError(f"a pose of {pose.shape[1]} tokens; the latents of {x.shape[1:4]} have {tokens}")
-        pose = jnp.pad(pose, ((0, 0), (0, h.shape[1] - tokens), (0, 0)))
+        pose = padded(pose, h.shape[1])
         if frames != x.shape[1] or tokens % frames:
             raise ValueError(f"a face of {frames} latent frames (1 + a quarter of its own); latents of {x.shape[1:4]}")
         block = lambda block, h, c: block(h, modulation.block, rope, c, tokens)
