@@ -126,6 +126,22 @@ def test_queries_keys_and_values_apart(monkeypatch):
         np.testing.assert_allclose(got[:, :13], flat(formula(q, k, v)), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("heads, queries", [(8, TEXT), (8, 0), (6, TEXT)])
+def test_parts_of_a_long_sequence(heads, queries, monkeypatch):
+    """Values and all text, then keys, then queries: each is made once the one before can be sent."""
+    parts, want = joint(heads, queries)
+    call = lambda p, n, c: attend_parts(p, rules=Rules(), kv_lengths=n, key_counts=c)
+    monkeypatch.setattr("jdit.nn.exchange.LONG", IMAGE)
+    got = run(dict(sequence=8), call, parts, LENGTHS, COUNTS)
+    assert [g.shape[1] for g in got] == [IMAGE, queries]
+    assert relative(jnp.concatenate(got, 1), want) < 1e-5
+    with jax.set_mesh(make_mesh(sequence=8)):
+        waits = lambda: str(jax.make_jaxpr(lambda *a: call(*a))(parts, LENGTHS, COUNTS)).count("optimization_barrier")
+        assert waits() == 2
+        monkeypatch.setattr("jdit.nn.exchange.LONG", IMAGE + 1)
+        assert waits() == 0
+
+
 SPREAD = [dict(sequence=8), dict(data=2, sequence=2, tensor=2)]
 
 

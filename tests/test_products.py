@@ -1,4 +1,4 @@
-"""Dense layers on a GPU: what they add stays apart from their products, and gradients pass."""
+"""Kernels on a GPU: what dense layers add is apart from their products, statistics from a rotation; gradients pass."""
 
 import jax
 import jax.numpy as jnp
@@ -37,3 +37,27 @@ def test_the_bias_is_apart_from_the_product_on_a_gpu(kind):
     assert apart.index("dot_general") + 1 == apart.index("optimization_barrier") < apart.index("add")
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_parts_of_a_product_in_two(bias):
+    fused = layers.fused_linear(6, 3, 5, AXES, dtype="float32", rngs=nnx.Rngs(0), bias=bias)
+    x = jax.random.normal(jax.random.key(1), (2, 3, 6))
+    first, rest = layers.in_two(fused, x, 1)
+    assert first.shape == (2, 3, 1, 5) and rest.shape == (2, 3, 2, 5)
+    np.testing.assert_allclose(jnp.concatenate([first, rest], 2), fused(x), rtol=1e-6)
+
+
+def test_statistics_are_apart_from_a_rotation_on_a_gpu():
+    norm, x = layers.RMSNorm(6, eps=1e-6, dtype="float32"), jax.random.normal(jax.random.key(1), (2, 3, 6))
+
+    def known(rotated):
+        call = lambda x: norm(x, rotated=rotated)
+        names = [e.primitive.name for e in jax.make_jaxpr(call)(x).jaxpr.eqns]
+        return names.count("optimization_barrier"), jax.grad(lambda x: jnp.sum(jnp.sin(call(x))))(x)
+
+    (none, want), (nor_here, _) = known(True), known(False)
+    with compiling_for(Target("gpu")):
+        (one, got), (without, _) = known(True), known(False)
+    assert (none, nor_here, one, without) == (0, 0, 1, 0)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-7)

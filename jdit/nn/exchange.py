@@ -4,8 +4,9 @@ Legend: B batch, H heads, K head dim; W devices, U of which exchange heads for t
 U R. A sequence has parts (a picture, its text); a device holds a slice of each.
 
 - Ulysses (arXiv 2309.14509), R = 1: one all-to-all gives every device all tokens of H/U heads, another takes the
-  results back. In between, attention is that of one device, cuDNN included. Queries, keys and values of a long sequence
-  have an all-to-all each: what arrives is then in order, and need not be copied.
+  results back. In between, attention is that of one device, cuDNN included. Values, keys and queries of a long sequence
+  have an all-to-all each, in this order: one is packed while the one before it travels, and what arrives is in order
+  and need not be copied.
 - Ring (arXiv 2310.01889), U = 1: queries stay, keys and values go round in R - 1 collective-permutes, and the partial
   results are merged in float32.
 - Both (arXiv 2405.07719): groups of U neighbours exchange heads, and what a group holds goes round R groups. It is for
@@ -28,7 +29,7 @@ Part = tuple[Tokens, Tokens, Tokens]
 Sizes = tuple[tuple[int, ...], ...]
 """Tokens of each part's queries, keys and values on all devices together, without padding."""
 LONG = 16384
-"""Keys from which on queries, keys and values are sent apart: the copy that it saves outlasts two all-to-alls."""
+"""Keys from which on queries, keys and values are sent apart: the copies that it saves outlast two all-to-alls."""
 
 
 class Form(NamedTuple):
@@ -81,9 +82,7 @@ def attend_slices(
     heads, count = parts[0][0].shape[2], len(parts)
     pieces = [part[i] for i in range(3) for part in parts]
     if form.ulysses > 1:
-        apart = count == 1 and sizes[1][0] >= LONG
-        groups = [[piece] for piece in pieces] if apart else [pieces]
-        pieces = [a for group in groups for a in _to_heads(group, axes, form)]
+        pieces = _to_heads(pieces, axes, form, apart=[count, 0] if sizes[1][0] >= LONG else [])
     q, k, v = (pieces[i * count : (i + 1) * count] for i in range(3))
     if form.ring > 1:
         held = [a.shape[1] for a in k]
@@ -100,14 +99,32 @@ def attend_slices(
     return _to_tokens(out, axes, form, heads) if form.ulysses > 1 else out
 
 
-def _to_heads(pieces: Sequence[Tokens], axes: tuple[str, ...], form: Form) -> list[Tokens]:
-    """Slices of all heads to the U devices' tokens of H/U heads, in one all-to-all."""
-    u, x = form.ulysses, joined(pieces)
-    b, n, heads, d = x.shape
-    x = jnp.pad(x, ((0, 0), (0, 0), (0, form.heads - heads), (0, 0)))
-    x = jnp.moveaxis(x.reshape(b, n, u, form.heads // u, d), 2, 0)
-    x = jnp.moveaxis(_all_to_all(x, axes, form), 0, 1)  # B, devices that sent, n, H/U, K
-    return [a.reshape(b, u * a.shape[2], *a.shape[3:]) for a in split(x, [p.shape[1] for p in pieces], 2)]
+def _to_heads(pieces: Sequence[Tokens], axes: tuple[str, ...], form: Form, apart: Sequence[int]) -> list[Tokens]:
+    """Slices of all heads to the U devices' tokens of H/U heads: in one all-to-all, but for the pieces `apart`, which
+    follow it with one each."""
+    groups = [[i for i in range(len(pieces)) if i not in apart], *([i] for i in apart)]
+    out: dict[int, Tokens] = {}
+    before = None
+    for group in groups:
+        some = [pieces[i] if before is None else _after(pieces[i], before) for i in group]
+        before = _by_device(joined(some), form)
+        x = jnp.moveaxis(_all_to_all(before, axes, form), 0, 1)  # B, devices that sent, n, H/U, K
+        parts = split(x, [p.shape[1] for p in some], 2)
+        out |= {i: a.reshape(a.shape[0], form.ulysses * a.shape[2], *a.shape[3:]) for i, a in zip(group, parts)}
+    return [out[i] for i in range(len(pieces))]
+
+
+def _by_device(x: Tokens, form: Form) -> Float[Array, "U B n h K"]:
+    """Heads, zeros included, in the order in which they are sent."""
+    x = jnp.pad(x, ((0, 0), (0, 0), (0, form.heads - x.shape[2]), (0, 0)))
+    return jnp.moveaxis(x.reshape(*x.shape[:2], form.ulysses, -1, x.shape[-1]), 2, 0)
+
+
+def _after(x: Array, other: Array) -> Array:
+    """x, made after `other` is: a zero that waits for it is added, which costs nothing in the kernel that makes x.
+    XLA would otherwise make both in one kernel, and send neither before it ends."""
+    zero, _ = jax.lax.optimization_barrier((jnp.zeros((), x.dtype), other))
+    return x + zero
 
 
 def _to_tokens(pieces: Sequence[Tokens], axes: tuple[str, ...], form: Form, heads: int) -> list[Tokens]:

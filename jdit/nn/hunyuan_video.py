@@ -174,15 +174,18 @@ class SingleBlock(nnx.Module):
     ) -> Float[Array, "B N+L D"]:
         """Arguments as of `JointBlock`, of one stream."""
         shift, scale, gate = of_tokens(rows, h.shape[1], first)
-        parts = self.attn.qkv(layers.modulate_rows(h, shift, scale))
+        h_in, spread = layers.modulate_rows(h, shift, scale), self.cfg.rules.ways("seq") > 1
+        # on a mesh, the MLP's product runs while what attention needs or gives is sent; else one product is faster
+        parts, up = layers.in_two(self.attn.qkv, h_in, 3) if spread else (self.attn.qkv(h_in), None)
         with jax.named_scope("attention"):
-            q, k, v = self.attn.split(parts)
+            q, k, v = self.attn.split(parts, rotated=True)
             q, k = apply_rope(q, rope), apply_rope(k, rope)
             seen = attend(q, k, v, rules=self.cfg.rules, kv_lengths=kv_lengths, tokens=tokens)
         with jax.named_scope("mlp"):
             # attention's output in the place of v: a selection, where a concatenation is slow on GPUs (exchange.joined)
             is_seen = np.arange(1 + self.cfg.mlp_ratio)[:, None] == 0
-            both = jnp.where(is_seen, seen[:, :, None], layers.gelu_tanh(parts[:, :, 2:]))
+            beside = parts[:, :, 2:] if up is None else jnp.pad(up, ((0, 0), (0, 0), (1, 0), (0, 0)))
+            both = jnp.where(is_seen, seen[:, :, None], layers.gelu_tanh(beside))
             h = gated_add(h, self.out(both), gate)
         return shard(h, "batch", "seq", "width", rules=self.cfg.rules)
 

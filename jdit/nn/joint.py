@@ -69,14 +69,14 @@ class SelfAttention(nnx.Module):
         self.norm_q, self.norm_k = norm(), norm()
         self.out = layers.linear(d, d, ("heads", "embed"), **kw) if out else None
 
-    def project(self, x: Float[Array, "B N D"]) -> list[Float[Array, "B N heads K"]]:
-        return self.split(self.qkv(x))
+    def project(self, x: Float[Array, "B N D"], *, rotated: bool = False) -> list[Float[Array, "B N heads K"]]:
+        return self.split(self.qkv(x), rotated=rotated)
 
-    def split(self, qkv: Float[Array, "B N m D"]) -> list[Float[Array, "B N heads K"]]:
-        """The first three of the fused products as q, k, v."""
+    def split(self, qkv: Float[Array, "B N m D"], *, rotated: bool = False) -> list[Float[Array, "B N heads K"]]:
+        """The first three of the fused products as q, k, v; `rotated`: q and k are going to be."""
         q, k, v = (qkv[:, :, i].reshape(*qkv.shape[:2], self.heads, self.head_dim) for i in range(3))
         if self.norm_q is not None and self.norm_k is not None:
-            q, k = self.norm_q(q), self.norm_k(k)
+            q, k = self.norm_q(q, rotated=rotated), self.norm_k(k, rotated=rotated)
         return [q, k, v]
 
     def merge(self, x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
@@ -118,8 +118,9 @@ class JointBlock(nnx.Module):
         cfg, tokens = self.cfg, tokens or (x.shape[1], c.shape[1])
         mx, mc = of_tokens(mod_x, x.shape[1], first), of_tokens(mod_c, c.shape[1])
         with jax.named_scope("joint_attention"):
-            image = self.image.attn.project(layers.modulate_rows(x, mx[0], mx[1]))
-            context = self.context.attn.project(layers.modulate_rows(c, mc[0], mc[1]))
+            rotated = rope is not None
+            image = self.image.attn.project(layers.modulate_rows(x, mx[0], mx[1]), rotated=rotated)
+            context = self.context.attn.project(layers.modulate_rows(c, mc[0], mc[1]), rotated=rotated)
             if self.last:  # nobody reads the context's output
                 context[0] = context[0][:, :0]
             seen = self._attend(image, context, tokens, rope, kv_lengths=kv_lengths, key_counts=key_counts)
@@ -145,8 +146,9 @@ class JointBlock(nnx.Module):
             ropes = (r and r.padded(part[1].shape[1]) for r, part in zip(ropes, (image, context)))
             parts = [(turn(q, r), turn(k, r), v) for (q, k, v), r in zip((image, context), ropes)]
             return attend_parts(parts, rules=self.cfg.rules, tokens=tokens, **kw)
-        # norms carry the joining of q and k along, v comes as it is
-        joins = (joined if self.cfg.qk_norm is None else lambda pair: jnp.concatenate(pair, 1),) * 2 + (joined,)
+        # the kernels of norms carry the joining of q and k along, unless a rotation's kernel does; v comes as it is
+        by_norm = self.cfg.qk_norm is not None and rope is None
+        joins = ((lambda pair: jnp.concatenate(pair, 1)) if by_norm else joined,) * 2 + (joined,)
         cut = lambda pair: [a[:, :m] for a, m in zip(pair, tokens)]
         q, k, v = (join(cut(pair)) for join, pair in zip(joins, zip(image, context)))
         joint = attend(turn(q, rope), turn(k, rope), v, rules=self.cfg.rules, **kw)

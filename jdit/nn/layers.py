@@ -40,6 +40,17 @@ def fused_linear(d_in: int, n: int, d_out: int, axes: Axes, *, dtype, rngs: nnx.
     )  # fmt: skip
 
 
+def in_two(fused: nnx.LinearGeneral, x: Float[Array, "... D"], first: int) -> tuple[Array, Array]:
+    """A `fused_linear` in two products: the `first` of its parts (..., first, E), and the others."""
+    kernel, bias = fused.kernel.get_value(), fused.bias.get_value() if fused.bias is not None else None
+
+    def some(which: slice) -> Array:
+        out = product(x, kernel[:, which], (((x.ndim - 1,), (0,)), ((), ())))
+        return out if bias is None else out + bias[which]
+
+    return some(slice(first)), some(slice(first, None))
+
+
 def joined_linear(n: int, d_in: int, d_out: int, axes: Axes, *, dtype, rngs: nnx.Rngs):
     """One dense layer on `n` arrays (..., n, d_in): kernel (n, d_in, d_out), axes (in, out)."""
     return nnx.LinearGeneral(
@@ -104,15 +115,22 @@ class LayerNorm(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * scale over the last axis, statistics in float32 (arXiv 1910.07467)."""
+    """x / rms(x) * scale over the last axis, statistics in float32 (arXiv 1910.07467).
+
+    With `rotated`, what is read next are rotary positions. On a GPU statistics are then made first: XLA does not join
+    a rotation to a kernel that sums, and would store all of it in float32 in between.
+    """
 
     def __init__(self, d: int, *, eps: float, dtype):
         self.eps = eps
         self.scale = nnx.Param(jnp.ones(d, dtype), axes=(None,))
 
-    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    def __call__(self, x: Float[Array, "... D"], *, rotated: bool = False) -> Float[Array, "... D"]:
         x32 = x.astype(jnp.float32)
-        return (x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + self.eps) * self.scale).astype(x.dtype)
+        inverse = jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + self.eps)
+        if rotated and target().platform == "gpu":
+            inverse = jax.lax.optimization_barrier(inverse)
+        return (x32 * inverse * self.scale).astype(x.dtype)
 
 
 class Mlp(nnx.Module):

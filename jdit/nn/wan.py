@@ -109,8 +109,8 @@ class SelfAttention(nnx.Module):
 
     def __call__(self, x: Float[Array, "B N D"], rope: Rope, tokens: int | None = None) -> Float[Array, "B N D"]:
         cfg, qkv = self.cfg, self.qkv(x)
-        q = apply_rope(_split(cfg, self.norm_q(qkv[:, :, 0])), rope)
-        k = apply_rope(_split(cfg, self.norm_k(qkv[:, :, 1])), rope)
+        q = apply_rope(_split(cfg, self.norm_q(qkv[:, :, 0], rotated=True)), rope)
+        k = apply_rope(_split(cfg, self.norm_k(qkv[:, :, 1], rotated=True)), rope)
         return self.out(attend(q, k, _split(cfg, qkv[:, :, 2]), rules=cfg.rules, tokens=tokens))
 
 
