@@ -6,11 +6,12 @@
 
 A video's tokens are spread over the devices (sequence), without guidance; a picture's guided step has its two
 predictions on different devices (data). Cases run one after another, each in a process of its own that has all GPUs.
-A step is the transformer and an Euler update; short ones run several in one program, as sampling does. Its time is the
-median of a few calls, after one that compiles. Text, modulation and what else is made before the loop is not in it.
-`silent` is the same program with what it sends taken out (an all-to-all gives back what it was given, a permute too):
-the difference is what communication costs where nothing hides it. Memory is the compiler's figure for a device. The two
-results are compared. About 5 minutes on two H100s.
+A step is the transformer and an Euler update; short ones run several in one program, as sampling does. The programs
+take turns, so that all of them meet warm GPUs (which run at the clock that 700 W allow): a time is the median of its
+calls. Text, modulation and what else is made before the loop is not in it. `silent` is the same program with what it
+sends taken out (an all-to-all gives back what it was given, a permute too): the difference is what communication costs,
+waiting for the other device included. Memory is the compiler's figure for a device. The two results are compared.
+About 4 minutes on two H100s.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 TINY = "--tiny" in sys.argv
@@ -30,7 +32,7 @@ if TINY:
 
 import harness  # noqa: E402 (the flags are read when jax is imported)
 
-SPENT, SCALE = 3.0, 4.0  # seconds of timed steps, at least three of them; strength of guidance
+SPENT, SCALE = 8.0, 4.0  # seconds of timed steps of one GPU, at least three of them; strength of guidance
 # variant, latents, mesh axis, steps of a call
 CASES = {
     "wan-1.3b 81x480x832": ("wan2.1-t2v-1.3b", (21, 60, 104), "sequence", 4),
@@ -75,7 +77,7 @@ def measure(case: str, tiny: bool) -> dict[str, Any]:
     from jax.sharding import NamedSharding
     from jax.sharding import PartitionSpec as P
 
-    from jdit import sharding
+    from jdit import sampling, sharding
     from jdit.pipeline import executor
 
     _, size, axis, steps = CASES[case]
@@ -93,60 +95,59 @@ def measure(case: str, tiny: bool) -> dict[str, Any]:
     x = jax.random.normal(keys[0], (1, *program.x.shape[1:]))
     given = [draw(key, a) for key, a in zip(keys[1:], program.given)]
 
-    def step(module, x, prepared):
-        velocity = program.step(module, jnp.concatenate([x] * rows), *prepared)
-        if guided:
-            velocity = velocity[:1] + SCALE * (velocity[1:] - velocity[:1])
-        return x - 0.05 * velocity
+    mesh = sharding.make_mesh(**{axis: len(jax.devices())})
+    # donated: there is no room for two copies of all weights
+    put = lambda a, *spec, **kw: jax.device_put(a, NamedSharding(mesh, P(*spec)), **kw)
+    leaves = sharding.leaves(module)
+    del module
+    spread = sharding.assemble(program.make, {path: put(leaves.pop(path), donate=True) for path in list(leaves)})
+    alone = jax.tree.map(lambda a: a.addressable_data(0), spread)
+    placed = [put(a, *["data"] * guided) for a in given]
 
-    def several(module, x, prepared):
-        return jax.lax.fori_loop(0, steps, lambda _, x: step(module, x, prepared), x)
+    table = sampling.from_config({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}, steps)
 
-    def run(what: str, mesh, module, x, given) -> tuple[dict[str, Any], Any]:
+    def call(module, x, prepared):
+        """The steps of one call."""
+        velocity = lambda x, _: program.step(module, x, *prepared)
+        return sampling.solve(sampling.classifier_free(velocity, SCALE) if guided else velocity, x, table)
+
+    def build(what: str, mesh, module, x, given) -> tuple[Callable[[], Any], dict[str, Any]]:
         with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
             prepared = jax.jit(program.before)(module, *given)
             start = time.perf_counter()
             # a function of its own each time: what was traced before `silence` is not to be found again
-            compiled = (
-                jax.jit(lambda *a: several(*a), compiler_options=executor.compiler_options())
-                .lower(module, x, prepared)
-                .compile()
+            lowered = jax.jit(lambda *a: call(*a), compiler_options=executor.compiler_options()).lower(
+                module, x, prepared
             )
+            compiled = lowered.compile()
             compile_s = time.perf_counter() - start
-            out = jax.block_until_ready(compiled(module, x, prepared))
-            times = []
-            while len(times) < 3 or sum(times) < SPENT:
-                times += harness.times(lambda: compiled(module, x, prepared), jax.block_until_ready, 1)
         memory, found = compiled.memory_analysis(), collectives(compiled.as_text())
         peak = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
-        middle, kinds = statistics.median(times), {c.kind for c in found}
-        return {
-            f"{what}_s": middle / steps, f"{what}_spread": (max(times) - min(times)) / middle,
+        kinds = {c.kind for c in found}
+        return lambda: compiled(module, x, prepared), {
             f"{what}_compile_s": compile_s, f"{what}_gb": peak / 1e9,
             f"{what}_results_gb": sum(c.bytes * c.times for c in found) / 1e9 / steps,
             f"{what}_collectives": {k: sum(c.times for c in found if c.kind == k) / steps for k in kinds},
-        }, out  # fmt: skip
+        }  # fmt: skip
 
     device = jax.devices()[0]
     row = {"case": case, "axis": axis, "devices": len(jax.devices()), "device": device.device_kind}
-    measured, want = run("one", None, module, x, given)
-    row |= measured
-    mesh = sharding.make_mesh(**{axis: len(jax.devices())})
-    # donated: there is no room for two copies of all weights
-    put = lambda a, *spec: jax.device_put(a, NamedSharding(mesh, P(*spec)), donate=True)
-    leaves = sharding.leaves(module)
-    del module
-    module = sharding.assemble(program.make, {path: put(leaves.pop(path)) for path in list(leaves)})
-    start, x = np.asarray(x, np.float64), put(x)
-    given = [put(a, *["data"] * guided) for a in given]
-    measured, got = run("mesh", mesh, module, x, given)
-    want, got = (np.asarray(a, np.float64) for a in (want, got))
-    if not np.isfinite(got).all():
-        raise FloatingPointError("NaN or infinity")
-    row |= measured | {"error": float(np.linalg.norm(got - want) / np.linalg.norm(want - start))}
+    runs = {"one": build("one", None, alone, x, given), "mesh": build("mesh", mesh, spread, put(x), placed)}
     if not guided:
         with silence():
-            row |= run("silent", mesh, module, x, given)[0]
+            runs["silent"] = build("silent", mesh, spread, put(x), placed)
+    want, got = (np.asarray(runs[what][0](), np.float64) for what in ("one", "mesh"))
+    if not np.isfinite(got).all():
+        raise FloatingPointError("NaN or infinity")
+    start = np.asarray(x, np.float64)
+    row |= {"error": float(np.linalg.norm(got - want) / np.linalg.norm(want - start))}
+    times: dict[str, list[float]] = {what: [] for what in runs}
+    while len(times["one"]) < 3 or sum(times["one"]) < SPENT:
+        for what, (run, _) in runs.items():
+            times[what] += harness.times(run, jax.block_until_ready, 1)
+    for what, taken in times.items():
+        middle = statistics.median(taken)
+        row |= {f"{what}_s": middle / steps, f"{what}_spread": (max(taken) - min(taken)) / middle, **runs[what][1]}
     return row | {"versions": f"jax {jax.__version__}"}
 
 
@@ -154,8 +155,8 @@ def report(rows: list[dict[str, Any]], failed: list[str]) -> str:
     first = rows[0]
     lines = [
         f"{datetime.date.today()}, {first['devices']} x {first['device']}, {first['versions']}; bfloat16, random "
-        f"weights, median of the calls of {SPENT:.0f} seconds, three at least. Results of collectives are of a device; "
-        "the difference is of the update.",
+        f"weights, medians of {SPENT:.0f} seconds of one GPU, three calls at least. Results of collectives are of a "
+        "device; the difference is of the update.",
         "",
         "| step | mesh | one, ms | mesh, ms | times as fast | spread | silent, ms | sending, ms | results, GB "
         "| collectives | one, GB | mesh, GB a device | compile, s | difference |",

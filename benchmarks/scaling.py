@@ -75,8 +75,8 @@ CASES = {
 SPREAD = ("Wan 14B 480p", "Wan 14B 480p guided", "HunyuanVideo 544p", "HunyuanVideo 720p", "Qwen-Image guided")
 """Whose weights are over half of a v6e's memory: on it they are spread over all chips (FSDP)."""
 MEASURED = {
-    "Wan 1.3B 480p": (0.519, 0.279), "Wan 14B 480p": (2.799, 1.510), "HunyuanVideo 544p": (7.343, 3.921),
-    "SD3.5-large guided": (0.1275, 0.0670), "Qwen-Image guided": (0.479, 0.244),
+    "Wan 1.3B 480p": (0.5081, 0.2797), "Wan 14B 480p": (2.693, 1.468), "HunyuanVideo 544p": (7.371, 3.944),
+    "SD3.5-large guided": (0.1281, 0.0660), "Qwen-Image guided": (0.4742, 0.2436),
 }  # fmt: skip
 """Seconds of a step on one H100 and on two (benchmarks/mesh.md)."""
 
@@ -277,7 +277,7 @@ def report(rows: list[dict[str, Any]]) -> str:
         cells += [f"{1e3 * real:.0f}" if real else "", f"{one['seconds'] / r['seconds']:.2f}"]
         cells.append(f"{first / real:.2f}" if first and real else "")
         lines.append(f"| {case} | {mesh} | {' | '.join(cells)} |")
-    lines += ["", "Measured: benchmarks/mesh.md, which says what has changed since."]
+    lines += ["", "Measured: benchmarks/mesh.md."]
     return "\n".join(lines) + "\n"
 
 
