@@ -28,6 +28,8 @@ from jdit.pipeline.executor import Stage, Weights
 from jdit.pipeline.families import PIPELINES
 from jdit.structs import Text
 
+pytestmark = pytest.mark.slow
+
 CALL = dict(height=32, width=48, steps=2, guidance=4.0, seed=3, output="latents", num_outputs=2)
 PROMPTS = ["a red apple", "a cat on the moon"]
 NAMES = [n for n, v in zoo.VARIANTS.items() if v.family in PIPELINES]

@@ -21,6 +21,7 @@ def alone(tmp_path_factory):
     return folder, pipe(together.PROMPT, **together.CALL)
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_picture_of_one(alone):
     folder, want = alone
     script = str(together.ROOT / "tests/util_processes.py")

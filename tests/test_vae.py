@@ -15,6 +15,8 @@ from jdit.nn.vae import tiling
 from jdit.nn.vae.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig, Posterior
 from jdit.nn.vae.blocks import GroupNorm
 
+pytestmark = pytest.mark.slow
+
 TINY = AutoencoderKLConfig(
     channels=(4, 8), layers=1, latent_channels=3, groups=2, sample_size=16, quant_conv=True, post_quant_conv=True
 )
