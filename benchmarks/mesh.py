@@ -2,6 +2,7 @@
 
     python benchmarks/mesh.py --out benchmarks/mesh        every case; writes .json and .md, also when a case fails
     python benchmarks/mesh.py --only wan                   the cases that contain one of these texts (a,b)
+    python benchmarks/mesh.py --exchange gather            another form of attention's exchange (jdit.nn.exchange)
     python benchmarks/mesh.py --tiny                       tiny models on two CPU devices: checks the script
 
 A video's tokens are spread over the devices (sequence), without guidance; a picture's guided step has its two
@@ -43,10 +44,13 @@ CASES = {
 }
 
 
-def config(case: str, tiny: bool) -> Any:
-    from jdit import zoo
+def config(case: str, tiny: bool, exchange: str) -> Any:
+    from jdit import sharding, zoo
 
-    cfg = dataclasses.replace(zoo.VARIANTS[CASES[case][0]].components["transformer"], dtype="bfloat16")
+    cfg = dataclasses.replace(
+        zoo.VARIANTS[CASES[case][0]].components["transformer"], dtype="bfloat16",
+        rules=sharding.Rules(exchange=exchange),
+    )  # fmt: skip
     if not tiny:
         return cfg
     small: dict[str, Any] = {"heads": 2, "layers": 2, "mlp": 256, "text_dim": 32, "joint_dim": 32, "single_layers": 2}
@@ -58,17 +62,19 @@ def config(case: str, tiny: bool) -> Any:
 def silence():
     """Nothing is sent by the exchanges of attention; shapes, copies and products stay."""
     import jax
+    import jax.numpy as jnp
 
-    whole, around = jax.lax.all_to_all, jax.lax.ppermute
-    jax.lax.all_to_all = lambda x, *a, **kw: x
-    jax.lax.ppermute = lambda x, *a, **kw: x
+    sent = {name: getattr(jax.lax, name) for name in ("all_to_all", "ppermute", "all_gather")}
+    jax.lax.all_to_all = jax.lax.ppermute = lambda x, *a, **kw: x
+    jax.lax.all_gather = lambda x, *a, axis, **kw: jnp.concatenate([x] * len(jax.devices()), axis)
     try:
         yield
     finally:
-        jax.lax.all_to_all, jax.lax.ppermute = whole, around
+        for name, fn in sent.items():
+            setattr(jax.lax, name, fn)
 
 
-def measure(case: str, tiny: bool) -> dict[str, Any]:
+def measure(case: str, tiny: bool, exchange: str) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -83,7 +89,7 @@ def measure(case: str, tiny: bool) -> dict[str, Any]:
     _, size, axis, steps = CASES[case]
     guided, rows = axis == "data", 2 if axis == "data" else 1
     size = tuple(min(n, 5 if i == 0 and len(size) == 3 else 16) for i, n in enumerate(size)) if tiny else size
-    program = programs.of(config(case, tiny), size, rows)
+    program = programs.of(config(case, tiny, exchange), size, rows)
     module = harness.jax_weights(program.make)
     keys = jax.random.split(jax.random.key(1), 1 + len(program.given))
 
@@ -180,15 +186,16 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", choices=CASES, help="run one case in this process and print its row")
     parser.add_argument("--only", default="", help="run the cases that contain one of these texts (a,b)")
+    parser.add_argument("--exchange", default="auto", help="form of attention's exchange")
     parser.add_argument("--out", default="mesh", help="path of the results, without suffix")
     parser.add_argument("--tiny", action="store_true", help="tiny models on two CPU devices, to check the script")
     args = parser.parse_args()
     if args.case:
-        print("ROW " + json.dumps(measure(args.case, args.tiny)), flush=True)
+        print("ROW " + json.dumps(measure(args.case, args.tiny, args.exchange)), flush=True)
         return
     rows, failed = [], []
     for case in (c for c in CASES if any(text in c for text in args.only.split(","))):
-        row = harness.run_case(__file__, case, ["--tiny"] if args.tiny else [])
+        row = harness.run_case(__file__, case, ["--exchange", args.exchange, *["--tiny"] * args.tiny])
         (failed if row is None else rows).append(case if row is None else row)
         if rows:
             with open(f"{args.out}.json", "w") as f:

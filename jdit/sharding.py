@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 log = logging.getLogger("jdit")
 
 MESH_AXES = ("data", "sequence", "tensor")
-EXCHANGES = ("auto", "ulysses", "ring", "ulysses_ring")
+EXCHANGES = ("auto", "ulysses", "ring", "ulysses_ring", "gather")
 MeshAxis = str | tuple[str, ...] | None
 Path = PathParts
 
@@ -38,7 +38,7 @@ class Rules:
     encoders).
 
     exchange is no axis: how attention among tokens that are spread over `seq` comes by all of them, "ulysses", "ring",
-    "ulysses_ring", or "auto", which chooses (`jdit.nn.context_parallel`).
+    "ulysses_ring", "gather", or "auto", which chooses (`jdit.nn.context_parallel`).
 
     A dimension need not divide. Tokens (seq) are spread nevertheless where there are at least as many as devices, the
     last devices having fewer or none. Every other dimension of an activation or a parameter then stays whole on the

@@ -119,6 +119,14 @@ def test_a_ring_sends_keys_and_values_round(name):
     assert {c.bytes for c in found} == {slices(ODD, 2, 2 * (name != "wan"))}
 
 
+@pytest.mark.parametrize("name", ["wan", "hunyuan single", "hunyuan double"])
+def test_keys_and_values_are_gathered(name):
+    """They, and nothing else."""
+    found = collectives(compiled(name, dict(sequence=8), Rules(exchange="gather")).as_text())
+    both = [8 * slices(ODD, 1), 8 * slices(ODD, 0, 1)][: 1 + (name == "hunyuan double")]
+    assert {c.kind for c in found} == {"all-gather"} and sorted(c.bytes for c in found) == sorted(2 * both)
+
+
 def test_heads_are_exchanged_among_four_and_keys_between_two():
     found = collectives(compiled("sd3", dict(sequence=8), Rules(exchange="ulysses_ring")).as_text())
     assert counts(found) == {"all-to-all": 2, "collective-permute": 1}

@@ -19,6 +19,7 @@ from jdit.nn.attention_lse import MASKED, attention_with_lse, merge
 from jdit.nn.context_parallel import attend, attend_frames, attend_parts, attend_whole
 from jdit.nn.exchange import Form, choose, joined, split
 from jdit.sharding import Rules, make_mesh
+from jdit.target import Target, compiling_for
 
 IMAGE, TEXT = 21, 9
 LENGTHS, COUNTS = jnp.array([24, 30]), jnp.ones(IMAGE + TEXT).at[25].set(40.0)
@@ -54,16 +55,23 @@ def relative(got, want):
         (38, 4, "ulysses", Form(4, 1, 40)),
         (24, 8, "ring", Form(1, 8, 24)),
         (24, 8, "ulysses_ring", Form(4, 2, 24)),
+        (24, 2, "gather", Form(1, 2, 24, True)),
     ],
 )
 def test_choice(heads, ways, exchange, form):
     assert choose(heads, ways, exchange) == form
 
 
+def test_gathering_is_for_what_has_no_kernel_for_a_ring():
+    assert choose(38, 8, "auto", kernel=False) == Form(2, 4, 38, True)
+    assert choose(24, 8, "auto", kernel=False) == Form(8, 1, 24)
+    assert choose(24, 8, "ulysses_ring", kernel=False) == Form(4, 2, 24)  # forced
+
+
 def test_what_cannot_be_had():
     with pytest.raises(ValueError, match=r"5 heads a device over 8 devices.*there are 'auto', 'ulysses' and 'ring'"):
         choose(5, 8, "ulysses_ring")
-    with pytest.raises(ValueError, match="exchange='flash'; there are auto, ulysses, ring, ulysses_ring"):
+    with pytest.raises(ValueError, match="exchange='flash'; there are auto, ulysses, ring, ulysses_ring, gather"):
         Rules(exchange="flash")
     with pytest.raises(ValueError, match="'exchange' is not a logical axis"):
         Rules().spec(("exchange",))
@@ -85,6 +93,8 @@ def joint(heads, queries):
         (dict(sequence=8), 6, TEXT, "auto", "ulysses over 2 x ring over 4;"),
         (dict(sequence=8), 6, TEXT, "ulysses", "ulysses over 8;.* heads 6 and 2 of zeros"),
         (dict(sequence=8), 3, TEXT, "auto", "ring over 8;"),
+        (dict(sequence=8), 3, TEXT, "gather", "gather over 8;"),
+        (dict(data=2, sequence=2, tensor=2), 6, 0, "gather", "gather over 2;"),
         (dict(data=2, sequence=4), 6, 0, "auto", "ulysses over 2 x ring over 2;"),
         (dict(data=2, sequence=2, tensor=2), 8, TEXT, "auto", "ulysses over 2;"),
         (dict(data=2, sequence=2, tensor=2), 6, 0, "auto", "ring over 2;"),
@@ -106,7 +116,7 @@ def test_parts_of_odd_lengths(sizes, heads, queries, exchange, said, caplog):
     assert len(said_all) == 1 and re.search(said, said_all[0])
 
 
-@pytest.mark.parametrize("exchange", ["ulysses", "ring", "ulysses_ring"])
+@pytest.mark.parametrize("exchange", ["ulysses", "ring", "ulysses_ring", "gather"])
 @pytest.mark.parametrize("tokens", [16, 13, 9])
 def test_one_sequence(tokens, exchange):
     """The last devices have fewer tokens than the others, or none (9 tokens over 8 devices are 2, 2, 2, 2 and 1)."""
@@ -124,6 +134,20 @@ def test_queries_keys_and_values_apart(monkeypatch):
         got = run(dict(sequence=8), lambda *a: attend(*a, rules=Rules(), tokens=13), *some)
         assert got.shape[1] == some[0].shape[1]
         np.testing.assert_allclose(got[:, :13], flat(formula(q, k, v)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("queries", [TEXT, 0])
+def test_heads_are_exchanged_and_keys_gathered_on_a_gpu(queries, caplog):
+    parts, want = joint(6, queries)
+    q, k, v = draw(2, 13, 13, 13, heads=6)
+    context_parallel._log_choice.cache_clear()
+    with caplog.at_level(logging.INFO, "jdit"), compiling_for(Target("gpu")):
+        call = lambda p, n, c: attend_parts(p, rules=Rules(), kv_lengths=n, key_counts=c)
+        got = run(dict(sequence=8), call, parts, LENGTHS, COUNTS)
+        one = run(dict(sequence=8), lambda *a: attend(*a, rules=Rules()), q, k, v)
+    assert all("ulysses over 2 x gather over 4;" in r.message for r in caplog.records if "devices" in r.message)
+    assert [g.shape[1] for g in got] == [IMAGE, queries] and relative(jnp.concatenate(got, 1), want) < 1e-5
+    assert relative(one, flat(formula(q, k, v))) < 1e-5
 
 
 @pytest.mark.parametrize("heads, queries", [(8, TEXT), (8, 0), (6, TEXT)])

@@ -195,14 +195,18 @@ TRANSFORMERS = {name: case for name, case in CASES.items() if case.spread}
 
 @pytest.mark.slow
 @pytest.mark.parametrize("alone", TRANSFORMERS.values(), ids=TRANSFORMERS, indirect=True)
-@pytest.mark.parametrize("sizes", [{}, dict(data=2, sequence=2, tensor=2)], ids=["one", "2x2x2"])
-def test_padding_on_a_gpu(alone, sizes):
+@pytest.mark.parametrize(
+    "sizes, exchange",
+    [({}, "auto"), (dict(data=2, sequence=2, tensor=2), "auto"), (dict(data=2, sequence=2, tensor=2), "gather")],
+    ids=["one", "2x2x2", "gathered"],
+)
+def test_padding_on_a_gpu(alone, sizes, exchange):
     """There, tokens are padded to whole tiles on each device, which no result shows."""
     case, values, want = alone
-    mesh = make_mesh(**sizes) if sizes else None
-    leaves = sharding.abstract(make(case, Rules()), mesh, Rules())[1]
+    mesh, rules = make_mesh(**sizes) if sizes else None, Rules(exchange=exchange)
+    leaves = sharding.abstract(make(case, rules), mesh, rules)[1]
     place = lambda p, v: v if mesh is None else jax.device_put(v, leaves[p].sharding)
-    module = sharding.assemble(make(case, Rules()), {p: place(p, v) for p, v in values.items()})
+    module = sharding.assemble(make(case, rules), {p: place(p, v) for p, v in values.items()})
     with jax.set_mesh(mesh) if mesh else contextlib.nullcontext(), compiling_for(Target("gpu")):
         got = jax.jit(case.call)(module, *case.inputs)
     assert np.linalg.norm(np.asarray(got) - want) <= 1e-5 * np.linalg.norm(want)

@@ -40,12 +40,11 @@ def test_the_bias_is_apart_from_the_product_on_a_gpu(kind):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_parts_of_a_product_in_two(bias):
+def test_some_parts_of_a_product(bias):
     fused = layers.fused_linear(6, 3, 5, AXES, dtype="float32", rngs=nnx.Rngs(0), bias=bias)
     x = jax.random.normal(jax.random.key(1), (2, 3, 6))
-    first, rest = layers.in_two(fused, x, 1)
-    assert first.shape == (2, 3, 1, 5) and rest.shape == (2, 3, 2, 5)
-    np.testing.assert_allclose(jnp.concatenate([first, rest], 2), fused(x), rtol=1e-6)
+    for which in (slice(1), slice(1, 3), slice(2, None), slice(3), slice(None)):
+        np.testing.assert_allclose(layers.some_parts(fused, x, which), fused(x)[:, :, which], rtol=1e-6)
 
 
 def test_statistics_are_apart_from_a_rotation_on_a_gpu():

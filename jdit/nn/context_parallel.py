@@ -10,19 +10,24 @@ whole altogether. Outside of a mesh, or where it does not spread tokens, all are
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from jdit.nn.attention import Lengths, attention
-from jdit.nn.exchange import Part, Tokens, attend_slices, choose, joined, padded, split
+from jdit.nn.exchange import Form, Part, Tokens, attend_slices, choose, joined, padded, split
+from jdit.nn.layers import some_parts
 from jdit.sharding import Rules, shard
 from jdit.target import target
 
 log = logging.getLogger("jdit")
+
+Turn = Callable[[Float[Array, "B N D"]], Tokens]
+"""What a projection goes through: a norm, a split into heads, rotary positions."""
 
 
 def attend(
@@ -85,7 +90,7 @@ def attend_parts(
         out = split(attend_whole(q, k, v, rules=rules, kv_lengths=kv_lengths, key_counts=key_counts), sizes[0])
         return [padded(o, part[0].shape[1]) for o, part in zip(out, parts)]
     ways, tensor, heads = rules.ways("seq"), rules.ways("heads"), q.shape[2]
-    form = choose(-(-heads // tensor), ways, rules.exchange)
+    form = _form(heads, rules)
     _log_choice(str(form), ways, sizes[0], sizes[1], heads, form.heads * tensor - heads)
     spread, _, batch = _specs(q.shape[0], rules)
     run = functools.partial(attend_slices, sizes, rules.axes("seq"), form)
@@ -94,6 +99,21 @@ def attend_parts(
         whole, kv_lengths, key_counts
     )  # fmt: skip
     return [_cut(o, part[0].shape[1], heads) for o, part in zip(out, parts)]
+
+
+def project(
+    fused: nnx.LinearGeneral, x: Float[Array, "B N C"], turn_q: Turn, turn_k: Turn, heads: int, rules: Rules
+) -> Part:
+    """Queries, keys and values of a layer whose first three parts they are, values (B, N, D) as they come.
+
+    Where keys and values are gathered, they have a product of their own, and that of the queries runs meanwhile.
+    """
+    if rules.ways("seq") == 1 or not _form(heads, rules).gathered:
+        qkv = some_parts(fused, x, slice(3))
+        return turn_q(qkv[:, :, 0]), turn_k(qkv[:, :, 1]), qkv[:, :, 2]
+    kv = some_parts(fused, x, slice(1, 3))
+    x, k, v = jax.lax.optimization_barrier((x, turn_k(kv[:, :, 0]), kv[:, :, 1]))
+    return turn_q(some_parts(fused, x, slice(1))[:, :, 0]), k, v
 
 
 def attend_frames(
@@ -154,6 +174,11 @@ def attend_whole(
     q, k, v = (shard(a, "batch", None, "attn", None, rules=rules) for a in (q, k, v))
     out = attention(q, k, v, kv_lengths=kv_lengths, key_counts=key_counts, causal=causal)
     return out.reshape(*q.shape[:2], -1)
+
+
+def _form(heads: int, rules: Rules) -> Form:
+    # no kernel of a GPU that is used here gives its log-sum-exp in float32 (jdit/nn/attention_lse.py)
+    return choose(-(-heads // rules.ways("heads")), rules.ways("seq"), rules.exchange, target().platform != "gpu")
 
 
 def _whole(tokens: int, rules: Rules) -> bool:

@@ -18,7 +18,7 @@ from jdit.nn import layers
 from jdit.nn.context_parallel import attend, whole_tiles
 from jdit.nn.joint import JointBlock, SelfAttention, gated_add, modulation_rows, of_tokens
 from jdit.nn.patch import patch_grid, patchify_3d, unpatchify_3d
-from jdit.nn.rope import Rope, apply_rope, grid_rope
+from jdit.nn.rope import Rope, grid_rope
 from jdit.sharding import Rules, shard
 
 CONDITIONS = (None, "latent_concat", "token_replace")
@@ -115,7 +115,7 @@ class RefinerBlock(nnx.Module):
         self, h: Float[Array, "B L D"], emb: Float[Array, "B D"], lengths: Int[Array, "B"] | None
     ) -> Float[Array, "B L D"]:
         gates = layers.dense32(self.mod, emb)[:, :, None]  # B 2 1 D
-        seen = attend(*self.attn.project(self.norm1(h)), rules=self.cfg.rules, kv_lengths=lengths)
+        seen = attend(*self.attn.project(self.norm1(h), self.cfg.rules), rules=self.cfg.rules, kv_lengths=lengths)
         h = gated_add(h, self.attn.merge(seen), gates[:, 0])
         h = gated_add(h, self.mlp(self.norm2(h)), gates[:, 1])
         return shard(h, "batch", "seq", "width", rules=self.cfg.rules)
@@ -174,18 +174,20 @@ class SingleBlock(nnx.Module):
     ) -> Float[Array, "B N+L D"]:
         """Arguments as of `JointBlock`, of one stream."""
         shift, scale, gate = of_tokens(rows, h.shape[1], first)
-        h_in, spread = layers.modulate_rows(h, shift, scale), self.cfg.rules.ways("seq") > 1
-        # on a mesh, the MLP's product runs while what attention needs or gives is sent; else one product is faster
-        parts, up = layers.in_two(self.attn.qkv, h_in, 3) if spread else (self.attn.qkv(h_in), None)
+        given, qkv, rules = layers.modulate_rows(h, shift, scale), self.attn.qkv, self.cfg.rules
+        # one product, but on a mesh: there the MLP's runs while what attention needs or gives is sent
+        made = None if rules.ways("seq") > 1 else qkv(given)
         with jax.named_scope("attention"):
-            q, k, v = self.attn.split(parts, rotated=True)
-            q, k = apply_rope(q, rope), apply_rope(k, rope)
+            q, k, v = self.attn.project(given, rules, rope, made=made)
             seen = attend(q, k, v, rules=self.cfg.rules, kv_lengths=kv_lengths, tokens=tokens)
         with jax.named_scope("mlp"):
             # attention's output in the place of v: a selection, where a concatenation is slow on GPUs (exchange.joined)
             is_seen = np.arange(1 + self.cfg.mlp_ratio)[:, None] == 0
-            beside = parts[:, :, 2:] if up is None else jnp.pad(up, ((0, 0), (0, 0), (1, 0), (0, 0)))
-            both = jnp.where(is_seen, seen[:, :, None], layers.gelu_tanh(beside))
+            if made is None:
+                more = jnp.pad(layers.some_parts(qkv, given, slice(3, None)), ((0, 0), (0, 0), (1, 0), (0, 0)))
+            else:
+                more = made[:, :, 2:]
+            both = jnp.where(is_seen, seen[:, :, None], layers.gelu_tanh(more))
             h = gated_add(h, self.out(both), gate)
         return shard(h, "batch", "seq", "width", rules=self.cfg.rules)
 

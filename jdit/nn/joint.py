@@ -13,8 +13,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jdit.nn import layers
-from jdit.nn.context_parallel import attend, attend_parts
-from jdit.nn.exchange import joined, padded
+from jdit.nn.context_parallel import attend, attend_parts, project
+from jdit.nn.exchange import Part, joined, padded
 from jdit.nn.rope import Rope, apply_rope
 from jdit.sharding import Rules, shard
 
@@ -69,15 +69,22 @@ class SelfAttention(nnx.Module):
         self.norm_q, self.norm_k = norm(), norm()
         self.out = layers.linear(d, d, ("heads", "embed"), **kw) if out else None
 
-    def project(self, x: Float[Array, "B N D"], *, rotated: bool = False) -> list[Float[Array, "B N heads K"]]:
-        return self.split(self.qkv(x), rotated=rotated)
+    def project(
+        self, x: Float[Array, "B N D"], rules: Rules, rope: Rope | None = None, *, rotated: bool = False, made=None
+    ) -> Part:
+        """Queries, keys and values, the first two rotated by `rope` or going to be (`rotated`); `made` is the product
+        of all fused parts, where there is one."""
+        split = lambda a: a.reshape(*a.shape[:2], self.heads, self.head_dim)
 
-    def split(self, qkv: Float[Array, "B N m D"], *, rotated: bool = False) -> list[Float[Array, "B N heads K"]]:
-        """The first three of the fused products as q, k, v; `rotated`: q and k are going to be."""
-        q, k, v = (qkv[:, :, i].reshape(*qkv.shape[:2], self.heads, self.head_dim) for i in range(3))
-        if self.norm_q is not None and self.norm_k is not None:
-            q, k = self.norm_q(q, rotated=rotated), self.norm_k(k, rotated=rotated)
-        return [q, k, v]
+        def turn(norm: layers.RMSNorm | None):
+            normed = lambda a: split(a) if norm is None else norm(split(a), rotated=rotated or rope is not None)
+            return lambda a: normed(a) if rope is None else apply_rope(normed(a), rope)
+
+        turns = turn(self.norm_q), turn(self.norm_k)
+        if made is not None:
+            return turns[0](made[:, :, 0]), turns[1](made[:, :, 1]), split(made[:, :, 2])
+        q, k, v = project(self.qkv, x, *turns, self.heads, rules)
+        return q, k, split(v)
 
     def merge(self, x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
         """Heads, side by side, to the output."""
@@ -118,17 +125,13 @@ class JointBlock(nnx.Module):
         cfg, tokens = self.cfg, tokens or (x.shape[1], c.shape[1])
         mx, mc = of_tokens(mod_x, x.shape[1], first), of_tokens(mod_c, c.shape[1])
         with jax.named_scope("joint_attention"):
-            rotated = rope is not None
-            image = self.image.attn.project(layers.modulate_rows(x, mx[0], mx[1]), rotated=rotated)
-            context = self.context.attn.project(layers.modulate_rows(c, mc[0], mc[1]), rotated=rotated)
-            if self.last:  # nobody reads the context's output
-                context[0] = context[0][:, :0]
-            seen = self._attend(image, context, tokens, rope, kv_lengths=kv_lengths, key_counts=key_counts)
+            given = layers.modulate_rows(x, mx[0], mx[1]), layers.modulate_rows(c, mc[0], mc[1])
+            seen = self._attend(*given, tokens, rope, kv_lengths=kv_lengths, key_counts=key_counts)
         before = x
         x = gated_add(x, self.image.attn.merge(seen[0]), mx[2])
         if self.attn2 is not None:
             with jax.named_scope("dual_attention"):
-                qkv = self.attn2.project(layers.modulate_rows(before, mx[6], mx[7]))
+                qkv = self.attn2.project(layers.modulate_rows(before, mx[6], mx[7]), cfg.rules)
                 x = gated_add(x, self.attn2.merge(attend(*qkv, rules=cfg.rules, tokens=tokens[0])), mx[8])
         with jax.named_scope("mlp"):
             x = self.image.feed_forward(x, *mx[3:6])
@@ -137,21 +140,27 @@ class JointBlock(nnx.Module):
         return shard(x, "batch", "seq", "width", rules=cfg.rules), shard(c, "batch", "seq", "width", rules=cfg.rules)
 
     def _attend(
-        self, image: list, context: list, tokens: tuple[int, int], rope: Rope | None, **kw
+        self, x: Float[Array, "B N D"], c: Float[Array, "B L D"], tokens: tuple[int, int], rope: Rope | None, **kw
     ) -> list[Float[Array, "B N_or_L D"]]:
-        """Attention of both streams' queries, keys and values; the results apart, padded as the streams are."""
-        n, turn = tokens[0], lambda a, rope: a if rope is None else apply_rope(a, rope)
-        if self.cfg.rules.ways("seq") > 1:  # each device has a slice of either stream: joining would move them
-            ropes = (None, None) if rope is None else _cut(rope, n, self.cfg.rules)
-            ropes = (r and r.padded(part[1].shape[1]) for r, part in zip(ropes, (image, context)))
-            parts = [(turn(q, r), turn(k, r), v) for (q, k, v), r in zip((image, context), ropes)]
-            return attend_parts(parts, rules=self.cfg.rules, tokens=tokens, **kw)
+        """Attention among both streams' tokens; the results apart, padded as the streams are."""
+        rules, n, spread = self.cfg.rules, tokens[0], self.cfg.rules.ways("seq") > 1
+        # on a mesh each device has a slice of either stream: joining would move them
+        ropes = (None, None) if rope is None or not spread else _cut(rope, n, rules)
+        image, context = (
+            stream.attn.project(a, rules, r and r.padded(a.shape[1]), rotated=rope is not None)
+            for stream, a, r in zip((self.image, self.context), (x, c), ropes)
+        )
+        if self.last:  # nobody reads the context's output
+            context = (context[0][:, :0], context[1], context[2])
+        if spread:
+            return attend_parts([image, context], rules=rules, tokens=tokens, **kw)
         # the kernels of norms carry the joining of q and k along, unless a rotation's kernel does; v comes as it is
         by_norm = self.cfg.qk_norm is not None and rope is None
         joins = ((lambda pair: jnp.concatenate(pair, 1)) if by_norm else joined,) * 2 + (joined,)
         cut = lambda pair: [a[:, :m] for a, m in zip(pair, tokens)]
         q, k, v = (join(cut(pair)) for join, pair in zip(joins, zip(image, context)))
-        joint = attend(turn(q, rope), turn(k, rope), v, rules=self.cfg.rules, **kw)
+        turn = lambda a: a if rope is None else apply_rope(a, rope)
+        joint = attend(turn(q), turn(k), v, rules=rules, **kw)
         return [padded(joint[:, :n], image[0].shape[1]), padded(joint[:, n:], context[0].shape[1])]
 
 

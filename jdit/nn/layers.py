@@ -40,15 +40,13 @@ def fused_linear(d_in: int, n: int, d_out: int, axes: Axes, *, dtype, rngs: nnx.
     )  # fmt: skip
 
 
-def in_two(fused: nnx.LinearGeneral, x: Float[Array, "... D"], first: int) -> tuple[Array, Array]:
-    """A `fused_linear` in two products: the `first` of its parts (..., first, E), and the others."""
-    kernel, bias = fused.kernel.get_value(), fused.bias.get_value() if fused.bias is not None else None
-
-    def some(which: slice) -> Array:
-        out = product(x, kernel[:, which], (((x.ndim - 1,), (0,)), ((), ())))
-        return out if bias is None else out + bias[which]
-
-    return some(slice(first)), some(slice(first, None))
+def some_parts(fused: nnx.LinearGeneral, x: Float[Array, "... D"], which: slice) -> Float[Array, "... m E"]:
+    """Some of a `fused_linear`'s parts, in a product of their own."""
+    kernel = fused.kernel.get_value()
+    if len(range(kernel.shape[1])[which]) == kernel.shape[1]:
+        return fused(x)
+    out = product(x, kernel[:, which], (((x.ndim - 1,), (0,)), ((), ())))
+    return out if fused.bias is None else out + fused.bias.get_value()[which]
 
 
 def joined_linear(n: int, d_in: int, d_out: int, axes: Axes, *, dtype, rngs: nnx.Rngs):

@@ -17,7 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jdit.nn import layers
-from jdit.nn.context_parallel import attend, whole_tiles
+from jdit.nn.context_parallel import attend, project, whole_tiles
 from jdit.nn.patch import patch_grid, patchify_3d, unpatchify_3d
 from jdit.nn.rope import Rope, apply_rope, grid_rope
 from jdit.sharding import Rules, shard
@@ -108,10 +108,10 @@ class SelfAttention(nnx.Module):
         self.out = layers.linear(d, d, ("heads", "embed"), dtype=cfg.dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B N D"], rope: Rope, tokens: int | None = None) -> Float[Array, "B N D"]:
-        cfg, qkv = self.cfg, self.qkv(x)
-        q = apply_rope(_split(cfg, self.norm_q(qkv[:, :, 0], rotated=True)), rope)
-        k = apply_rope(_split(cfg, self.norm_k(qkv[:, :, 1], rotated=True)), rope)
-        return self.out(attend(q, k, _split(cfg, qkv[:, :, 2]), rules=cfg.rules, tokens=tokens))
+        cfg = self.cfg
+        turn = lambda norm: lambda a: apply_rope(_split(cfg, norm(a, rotated=True)), rope)
+        q, k, v = project(self.qkv, x, turn(self.norm_q), turn(self.norm_k), cfg.heads, cfg.rules)
+        return self.out(attend(q, k, _split(cfg, v), rules=cfg.rules, tokens=tokens))
 
 
 class CrossAttention(nnx.Module):
