@@ -20,6 +20,8 @@ from jdit.pipeline import cogvideox, executor, qwen_stages, sd3, wan
 from jdit.pipeline.executor import Weights
 from jdit.structs import Text
 
+pytestmark = pytest.mark.slow
+
 EULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
 UNIPC = {"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 DDIM = {"_class_name": "CogVideoXDDIMScheduler", "prediction_type": "v_prediction"}

@@ -17,6 +17,8 @@ from jdit.nn.text.clip import CLIPText, CLIPTextConfig
 from jdit.nn.text.t5 import T5, T5Config
 from jdit.nn.vision.clip import CLIPVision, CLIPVisionConfig
 
+pytestmark = pytest.mark.slow
+
 CLIP = CLIPTextConfig(
     vocab_size=64, width=32, mlp=48, layers=3, heads=4, max_positions=16, projection=24, eos_token_id=63
 )
@@ -106,7 +108,6 @@ def test_published_sizes(cls, cfg, count):
     assert {rule.target for rule in rules if rule.target and not rule.alias} == {sharding.dotted(p) for p in leaves}
 
 
-@pytest.mark.slow
 def test_runs_without_graph_mode():
     code = (
         "import jax, numpy as np; from flax import nnx; from test_text_encoders import MODELS, INPUTS\n"
