@@ -10,7 +10,7 @@ predictions on different devices (data). Cases run one after another, each in a 
 A step is the transformer and an Euler update; short ones run several in one program, as sampling does. The programs
 take turns, so that all of them meet warm GPUs (which run at the clock that 700 W allow): a time is the median of its
 calls. Text, modulation and what else is made before the loop is not in it. `silent` is the same program with what it
-sends taken out (an all-to-all gives back what it was given, a permute too): the difference is what communication costs,
+sends taken out (an all-to-all gives back what it was given, a gathering repeats it): the difference is what communication costs,
 waiting for the other device included. Memory is the compiler's figure for a device. The two results are compared.
 About 4 minutes on two H100s.
 """
@@ -102,10 +102,9 @@ def measure(case: str, tiny: bool, exchange: str) -> dict[str, Any]:
     given = [draw(key, a) for key, a in zip(keys[1:], program.given)]
 
     mesh = sharding.make_mesh(**{axis: len(jax.devices())})
-    # donated: there is no room for two copies of all weights
     put = lambda a, *spec, **kw: jax.device_put(a, NamedSharding(mesh, P(*spec)), **kw)
     leaves = sharding.leaves(module)
-    del module
+    del module  # donated: there is no room for two copies of all weights
     spread = sharding.assemble(program.make, {path: put(leaves.pop(path), donate=True) for path in list(leaves)})
     alone = jax.tree.map(lambda a: a.addressable_data(0), spread)
     placed = [put(a, *["data"] * guided) for a in given]
@@ -137,7 +136,13 @@ def measure(case: str, tiny: bool, exchange: str) -> dict[str, Any]:
         }  # fmt: skip
 
     device = jax.devices()[0]
-    row = {"case": case, "axis": axis, "devices": len(jax.devices()), "device": device.device_kind}
+    row = {
+        "case": case,
+        "axis": axis,
+        "devices": len(jax.devices()),
+        "exchange": exchange,
+        "device": device.device_kind,
+    }
     runs = {"one": build("one", None, alone, x, given), "mesh": build("mesh", mesh, spread, put(x), placed)}
     if not guided:
         with silence():
@@ -171,9 +176,10 @@ def report(rows: list[dict[str, Any]], failed: list[str]) -> str:
     for r in rows:
         silent = r.get("silent_s")
         sent = "" if silent is None else f"{1e3 * (r['mesh_s'] - silent):.1f}"
+        mesh = f"{r['axis']}={r['devices']}" + (f", {r['exchange']}" if r.get("exchange", "auto") != "auto" else "")
         kinds = ", ".join(f"{n:g} {kind}" for kind, n in sorted(r["mesh_collectives"].items())) or "none"
         lines.append(
-            f"| {r['case']} | {r['axis']}={r['devices']} | {1e3 * r['one_s']:.1f} | {1e3 * r['mesh_s']:.1f} "
+            f"| {r['case']} | {mesh} | {1e3 * r['one_s']:.1f} | {1e3 * r['mesh_s']:.1f} "
             f"| {r['one_s'] / r['mesh_s']:.2f} | {max(r['one_spread'], r['mesh_spread']):.1%} "
             f"| {'' if silent is None else f'{1e3 * silent:.1f}'} | {sent} | {r['mesh_results_gb']:.2f} | {kinds} "
             f"| {r['one_gb']:.1f} | {r['mesh_gb']:.1f} | {r['one_compile_s']:.0f}, {r['mesh_compile_s']:.0f} "

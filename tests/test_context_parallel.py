@@ -19,7 +19,6 @@ from jdit.nn.attention_lse import MASKED, attention_with_lse, merge
 from jdit.nn.context_parallel import attend, attend_frames, attend_parts, attend_whole
 from jdit.nn.exchange import Form, choose, joined, split
 from jdit.sharding import Rules, make_mesh
-from jdit.target import Target, compiling_for
 
 IMAGE, TEXT = 21, 9
 LENGTHS, COUNTS = jnp.array([24, 30]), jnp.ones(IMAGE + TEXT).at[25].set(40.0)
@@ -62,14 +61,10 @@ def test_choice(heads, ways, exchange, form):
     assert choose(heads, ways, exchange) == form
 
 
-def test_gathering_is_for_what_has_no_kernel_for_a_ring():
-    assert choose(38, 8, "auto", kernel=False) == Form(2, 4, 38, True)
-    assert choose(24, 8, "auto", kernel=False) == Form(8, 1, 24)
-    assert choose(24, 8, "ulysses_ring", kernel=False) == Form(4, 2, 24)  # forced
-
-
 def test_what_cannot_be_had():
-    with pytest.raises(ValueError, match=r"5 heads a device over 8 devices.*there are 'auto', 'ulysses' and 'ring'"):
+    with pytest.raises(
+        ValueError, match=r"5 heads a device over 8 devices.*there are 'auto', 'ulysses', 'ring' and 'gather'"
+    ):
         choose(5, 8, "ulysses_ring")
     with pytest.raises(ValueError, match="exchange='flash'; there are auto, ulysses, ring, ulysses_ring, gather"):
         Rules(exchange="flash")
@@ -134,20 +129,6 @@ def test_queries_keys_and_values_apart(monkeypatch):
         got = run(dict(sequence=8), lambda *a: attend(*a, rules=Rules(), tokens=13), *some)
         assert got.shape[1] == some[0].shape[1]
         np.testing.assert_allclose(got[:, :13], flat(formula(q, k, v)), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("queries", [TEXT, 0])
-def test_heads_are_exchanged_and_keys_gathered_on_a_gpu(queries, caplog):
-    parts, want = joint(6, queries)
-    q, k, v = draw(2, 13, 13, 13, heads=6)
-    context_parallel._log_choice.cache_clear()
-    with caplog.at_level(logging.INFO, "jdit"), compiling_for(Target("gpu")):
-        call = lambda p, n, c: attend_parts(p, rules=Rules(), kv_lengths=n, key_counts=c)
-        got = run(dict(sequence=8), call, parts, LENGTHS, COUNTS)
-        one = run(dict(sequence=8), lambda *a: attend(*a, rules=Rules()), q, k, v)
-    assert all("ulysses over 2 x gather over 4;" in r.message for r in caplog.records if "devices" in r.message)
-    assert [g.shape[1] for g in got] == [IMAGE, queries] and relative(jnp.concatenate(got, 1), want) < 1e-5
-    assert relative(one, flat(formula(q, k, v))) < 1e-5
 
 
 @pytest.mark.parametrize("heads, queries", [(8, TEXT), (8, 0), (6, TEXT)])

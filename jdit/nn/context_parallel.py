@@ -177,8 +177,7 @@ def attend_whole(
 
 
 def _form(heads: int, rules: Rules) -> Form:
-    # no kernel of a GPU that is used here gives its log-sum-exp in float32 (jdit/nn/attention_lse.py)
-    return choose(-(-heads // rules.ways("heads")), rules.ways("seq"), rules.exchange, target().platform != "gpu")
+    return choose(-(-heads // rules.ways("heads")), rules.ways("seq"), rules.exchange)
 
 
 def _whole(tokens: int, rules: Rules) -> bool:

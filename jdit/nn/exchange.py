@@ -11,7 +11,7 @@ U R. A sequence has parts (a picture, its text); a device holds a slice of each.
   results are merged in float32.
 - Both (arXiv 2405.07719): groups of U neighbours exchange heads, and what a group holds goes round R groups. It is for
   heads that W does not divide: 38 heads on 4 devices are U = 2, R = 2.
-- Gathered (arXiv 2407.21783, section 3.3.2): the R groups' keys and values come to all of them at once, and attention
+- Gathered (arXiv 2407.21783, section 3.3.2), U = 1: keys and values of all devices come to each at once, and attention
   is that of one device again. On two devices it sends as much as Ulysses, all of it before attention.
 """
 
@@ -48,14 +48,13 @@ class Form(NamedTuple):
         return " x ".join(f"{name} over {n}" for name, n in (("ulysses", self.ulysses), (around, self.ring)) if n > 1)
 
 
-def choose(heads: int, ways: int, exchange: str, kernel: bool = True) -> Form:
+def choose(heads: int, ways: int, exchange: str) -> Form:
     """The form of attention with so many heads a device over `ways` devices.
 
     Args:
-        exchange: "auto": Ulysses over the largest divisor of `ways` that divides the heads, and over what is left a
-            ring, or gathering where no `kernel` gives what a ring needs. "ulysses": over all; heads of zeros are added
-            where `ways` does not divide them. "ring", "gather": over all. "ulysses_ring": Ulysses and a ring, with more
-            than one device in either.
+        exchange: "auto": Ulysses over the largest divisor of `ways` that divides the heads, and a ring over what is
+            left. "ulysses": over all; heads of zeros are added where `ways` does not divide them. "ring", "gather":
+            over all. "ulysses_ring": "auto" with more than one device in either.
 
     Raises:
         ValueError: "ulysses_ring" where no divisor of `ways`, neither 1 nor all, divides the heads.
@@ -70,10 +69,9 @@ def choose(heads: int, ways: int, exchange: str, kernel: bool = True) -> Form:
         if not divisors:
             raise ValueError(
                 f"exchange='ulysses_ring' cannot be had: {heads} heads a device over {ways} devices, and no number"
-                f" between 1 and {ways} divides both; there are 'auto', 'ulysses' and 'ring'"
+                f" between 1 and {ways} divides both; there are 'auto', 'ulysses', 'ring' and 'gather'"
             )
-    ulysses, ring = divisors[-1], ways // divisors[-1]
-    return Form(ulysses, ring, heads, exchange == "auto" and ring > 1 and not kernel)
+    return Form(divisors[-1], ways // divisors[-1], heads)
 
 
 def attend_slices(
@@ -90,22 +88,21 @@ def attend_slices(
     if form.ulysses > 1:
         pieces = _to_heads(pieces, axes, form, apart=[count, 0] if sizes[1][0] >= LONG else [])
     q, k, v = (pieces[i * count : (i + 1) * count] for i in range(3))
-    whole = form.ring == 1
+    queries = sizes[0] if form.ring == 1 else [a.shape[1] for a in q]  # that are here
     if form.gathered:
-        k, v = ([_gather(a, axes, form) for a in some] for some in (k, v))
-    if not whole and not form.gathered:
+        k, v = ([jax.lax.all_gather(a, axes, axis=1, tiled=True) for a in some] for some in (k, v))
+    if form.ring > 1 and not form.gathered:
         held = [a.shape[1] for a in k]
         seen = _ring(joined(q), joined(k), joined(v), sizes[1], held, axes, form, lengths, counts)
-        out = split(seen, [a.shape[1] for a in q])
+        out = split(seen, queries)
     elif count == 1 and counts is None:  # all keys are here, in order: their padding, which is last, is not seen
         if lengths is None and k[0].shape[1] > sizes[1][0]:
             lengths = jnp.full(k[0].shape[0], sizes[1][0], jnp.int32)
         out = [attention(q[0], k[0], v[0], kv_lengths=lengths)]
     else:  # padding is between the parts: it is cut, and put back
         cut = lambda pieces, sizes: joined([a[:, :n] for a, n in zip(pieces, sizes)])
-        few = sizes[0] if whole else tuple(a.shape[1] for a in q)
-        seen = attention(*(map(cut, (q, k, v), (few, *sizes[1:]))), kv_lengths=lengths, key_counts=counts)
-        out = [padded(a, piece.shape[1]) for a, piece in zip(split(seen, few), q)]
+        seen = attention(*map(cut, (q, k, v), (queries, *sizes[1:])), kv_lengths=lengths, key_counts=counts)
+        out = [padded(a, piece.shape[1]) for a, piece in zip(split(seen, queries), q)]
     return _to_tokens(out, axes, form, heads) if form.ulysses > 1 else out
 
 
@@ -149,13 +146,6 @@ def _all_to_all(x: Float[Array, "U ..."], axes: tuple[str, ...], form: Form) -> 
     """x[i] goes to the i-th of U neighbours; the result is what they sent."""
     groups = [[g * form.ulysses + i for i in range(form.ulysses)] for g in range(form.ring)]
     return jax.lax.all_to_all(x, axes, 0, 0, axis_index_groups=groups if form.ring > 1 else None)
-
-
-def _gather(x: Tokens, axes: tuple[str, ...], form: Form) -> Tokens:
-    """The tokens of all groups, in order."""
-    u = form.ulysses
-    groups = [[g * u + i for g in range(form.ring)] for i in range(u)] if u > 1 else None
-    return jax.lax.all_gather(x, axes, axis=1, tiled=True, axis_index_groups=groups)
 
 
 def _ring(

@@ -178,8 +178,8 @@ class SingleBlock(nnx.Module):
         # one product, but on a mesh: there the MLP's runs while what attention needs or gives is sent
         made = None if rules.ways("seq") > 1 else qkv(given)
         with jax.named_scope("attention"):
-            q, k, v = self.attn.project(given, rules, rope, made=made)
-            seen = attend(q, k, v, rules=self.cfg.rules, kv_lengths=kv_lengths, tokens=tokens)
+            q, k, v = self.attn.project(given, rules, rope) if made is None else self.attn.split(made, rope)
+            seen = attend(q, k, v, rules=rules, kv_lengths=kv_lengths, tokens=tokens)
         with jax.named_scope("mlp"):
             # attention's output in the place of v: a selection, where a concatenation is slow on GPUs (exchange.joined)
             is_seen = np.arange(1 + self.cfg.mlp_ratio)[:, None] == 0
@@ -189,7 +189,7 @@ class SingleBlock(nnx.Module):
                 more = made[:, :, 2:]
             both = jnp.where(is_seen, seen[:, :, None], layers.gelu_tanh(more))
             h = gated_add(h, self.out(both), gate)
-        return shard(h, "batch", "seq", "width", rules=self.cfg.rules)
+        return shard(h, "batch", "seq", "width", rules=rules)
 
 
 class HunyuanVideo(nnx.Module):

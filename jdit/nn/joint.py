@@ -70,21 +70,24 @@ class SelfAttention(nnx.Module):
         self.out = layers.linear(d, d, ("heads", "embed"), **kw) if out else None
 
     def project(
-        self, x: Float[Array, "B N D"], rules: Rules, rope: Rope | None = None, *, rotated: bool = False, made=None
+        self, x: Float[Array, "B N D"], rules: Rules, rope: Rope | None = None, *, rotated: bool = False
     ) -> Part:
-        """Queries, keys and values, the first two rotated by `rope` or going to be (`rotated`); `made` is the product
-        of all fused parts, where there is one."""
-        split = lambda a: a.reshape(*a.shape[:2], self.heads, self.head_dim)
+        """Queries, keys and values, the first two rotated by `rope` or going to be (`rotated`)."""
+        turn = lambda norm: lambda a: self._turned(norm, a, rope, rotated)
+        q, k, v = project(self.qkv, x, turn(self.norm_q), turn(self.norm_k), self.heads, rules)
+        return q, k, self._split(v)
 
-        def turn(norm: layers.RMSNorm | None):
-            normed = lambda a: split(a) if norm is None else norm(split(a), rotated=rotated or rope is not None)
-            return lambda a: normed(a) if rope is None else apply_rope(normed(a), rope)
+    def split(self, qkv: Float[Array, "B N m D"], rope: Rope) -> Part:
+        """`project` of a product that is made already: its first three parts."""
+        q, k = (self._turned(n, qkv[:, :, i], rope, True) for i, n in enumerate((self.norm_q, self.norm_k)))
+        return q, k, self._split(qkv[:, :, 2])
 
-        turns = turn(self.norm_q), turn(self.norm_k)
-        if made is not None:
-            return turns[0](made[:, :, 0]), turns[1](made[:, :, 1]), split(made[:, :, 2])
-        q, k, v = project(self.qkv, x, *turns, self.heads, rules)
-        return q, k, split(v)
+    def _split(self, x: Float[Array, "B N D"]) -> Float[Array, "B N heads K"]:
+        return x.reshape(*x.shape[:2], self.heads, self.head_dim)
+
+    def _turned(self, norm: layers.RMSNorm | None, x, rope: Rope | None, rotated: bool) -> Float[Array, "B N heads K"]:
+        x = self._split(x) if norm is None else norm(self._split(x), rotated=rotated or rope is not None)
+        return x if rope is None else apply_rope(x, rope)
 
     def merge(self, x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
         """Heads, side by side, to the output."""

@@ -45,7 +45,7 @@ def some_parts(fused: nnx.LinearGeneral, x: Float[Array, "... D"], which: slice)
     kernel = fused.kernel.get_value()
     if len(range(kernel.shape[1])[which]) == kernel.shape[1]:
         return fused(x)
-    out = product(x, kernel[:, which], (((x.ndim - 1,), (0,)), ((), ())))
+    out = product(x.astype(kernel.dtype), kernel[:, which], (((x.ndim - 1,), (0,)), ((), ())))
     return out if fused.bias is None else out + fused.bias.get_value()[which]
 
 
