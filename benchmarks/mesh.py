@@ -10,9 +10,9 @@ predictions on different devices (data). Cases run one after another, each in a 
 A step is the transformer and an Euler update; short ones run several in one program, as sampling does. The programs
 take turns, so that all of them meet warm GPUs (which run at the clock that 700 W allow): a time is the median of its
 calls. Text, modulation and what else is made before the loop is not in it. `silent` is the same program with what it
-sends taken out (an all-to-all gives back what it was given, a gathering repeats it): the difference is what communication costs,
-waiting for the other device included. Memory is the compiler's figure for a device. The two results are compared.
-About 4 minutes on two H100s.
+sends taken out (an all-to-all gives back what it was given, a gathering repeats it): the difference is what
+communication costs, waiting for the other device included. Memory is the compiler's figure for a device. The two
+results are compared. About 4 minutes on two H100s.
 """
 
 import argparse
