@@ -3,12 +3,12 @@ other's, in every family, and neither is told what the other makes of its own.""
 
 import functools
 import math
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from collectives import collectives
 from flax import nnx
 
 from jdit import sampling, sharding
@@ -25,7 +25,6 @@ pytestmark = pytest.mark.slow
 EULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
 UNIPC = {"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 DDIM = {"_class_name": "CogVideoXDDIMScheduler", "prediction_type": "v_prediction"}
-COLLECTIVES = "all-gather|all-reduce|all-to-all|collective|reduce-scatter"
 COMMON = {
     "clean": None, "skip": None, "keys": None, "report": False, "cfg_normalize": True, "two_passes": False,
     "tokens": None, "channels": None, "first": None, "held": None, "pictures": (), "mask": None, "modulation": None,
@@ -88,9 +87,6 @@ def program(family: str, data: int):
 def test_each_half_is_a_device_of_its_own(family):
     one, two = (program(family, data) for data in (1, 2))
     assert two.cost_analysis()["flops"] < 0.53 * one.cost_analysis()["flops"]
-    told = re.findall(r" = \w+\[([\d,]+)\]\S* ([a-z]+-[a-z-]+)\(", two.as_text())
-    told = [(kind, math.prod(map(int, shape.split(",")))) for shape, kind in told if re.match(COLLECTIVES, kind)]
-    # a prediction goes to the other half's device, once a step: less than what a layer would tell, had it to
-    latents = math.prod(FAMILIES[family][3])
-    assert 0 < len(told) <= 2 and all(size <= 2 * latents for _, size in told), told
-    assert {kind for kind, _ in told} <= {"collective-permute", "all-reduce"}
+    (told,) = collectives(two.as_text())
+    # each is told the other's prediction, once in each of two steps, and goes on alone
+    assert (told.kind, told.bytes, told.times) == ("all-gather", 2 * 4 * math.prod(FAMILIES[family][3]), 2)
