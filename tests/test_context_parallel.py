@@ -9,16 +9,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_attention import formula
 
-from jdit.nn import attention_lse, context_parallel
+from jdit.nn import attention_lse, context_parallel, layers
 from jdit.nn.attention import attention
 from jdit.nn.attention_lse import MASKED, attention_with_lse, merge
-from jdit.nn.context_parallel import attend, attend_frames, attend_parts, attend_whole
+from jdit.nn.context_parallel import attend, attend_frames, attend_parts, attend_whole, project
 from jdit.nn.exchange import Form, choose, joined, split
 from jdit.sharding import Rules, make_mesh
+from jdit.target import Target, compiling_for
 
 IMAGE, TEXT = 21, 9
 LENGTHS, COUNTS = jnp.array([24, 30]), jnp.ones(IMAGE + TEXT).at[25].set(40.0)
@@ -46,6 +48,7 @@ def relative(got, want):
 @pytest.mark.parametrize(
     "heads, ways, exchange, form",
     [
+        (24, 2, "auto", Form(2, 1, 24)),
         (24, 8, "auto", Form(8, 1, 24)),
         (38, 4, "auto", Form(2, 2, 38)),
         (38, 8, "auto", Form(2, 4, 38)),
@@ -58,14 +61,30 @@ def relative(got, want):
     ],
 )
 def test_choice(heads, ways, exchange, form):
-    assert choose(heads, ways, exchange) == form
+    assert choose(heads, 16384, ways, exchange) == form
+
+
+@pytest.mark.parametrize(
+    "heads, keys, ways, exchange, form",
+    [
+        (40, 32760, 2, "auto", Form(1, 2, 40, True)),
+        (5, 16384, 2, "auto", Form(1, 2, 5, True)),
+        (40, 16383, 2, "auto", Form(2, 1, 40)),
+        (40, 32760, 4, "auto", Form(4, 1, 40)),
+        (40, 32760, 2, "ulysses", Form(2, 1, 40)),
+    ],
+)
+def test_choice_on_gpus(heads, keys, ways, exchange, form):
+    """Two of them gather a long sequence's keys and values."""
+    with compiling_for(Target("gpu")):
+        assert choose(heads, keys, ways, exchange) == form
 
 
 def test_what_cannot_be_had():
     with pytest.raises(
         ValueError, match=r"5 heads a device over 8 devices.*there are 'auto', 'ulysses', 'ring' and 'gather'"
     ):
-        choose(5, 8, "ulysses_ring")
+        choose(5, 64, 8, "ulysses_ring")
     with pytest.raises(ValueError, match="exchange='flash'; there are auto, ulysses, ring, ulysses_ring, gather"):
         Rules(exchange="flash")
     with pytest.raises(ValueError, match="'exchange' is not a logical axis"):
@@ -142,9 +161,30 @@ def test_parts_of_a_long_sequence(heads, queries, monkeypatch):
     assert relative(jnp.concatenate(got, 1), want) < 1e-5
     with jax.set_mesh(make_mesh(sequence=8)):
         waits = lambda: str(jax.make_jaxpr(lambda *a: call(*a))(parts, LENGTHS, COUNTS)).count("optimization_barrier")
-        assert waits() == 2
+        assert waits() == 3
         monkeypatch.setattr("jdit.nn.exchange.LONG", IMAGE + 1)
         assert waits() == 0
+
+
+def test_keys_and_values_are_sent_beside_products():
+    """Each product that hides a sending waits for what is sent; the last waits for values to have come."""
+    fused = layers.fused_linear(16, 3, 16, ("embed", "heads"), dtype=jnp.float32, rngs=nnx.Rngs(0))
+    turn = lambda a: a.reshape(*a.shape[:2], 2, 8)
+    call = lambda x: project(fused, x, turn, turn, 2, Rules(exchange="gather"))
+    with jax.set_mesh(make_mesh(sequence=8)):
+        steps = jax.make_jaxpr(call)(jnp.zeros((1, 16, 16))).eqns
+    behind: dict = {}  # of a value: the products and sendings that it waits for
+    seen = []
+    for i, step in enumerate(steps):
+        past = set().union(*(behind.get(a, set()) for a in step.invars if not hasattr(a, "val")))
+        name = str(step.primitive)
+        if name in ("dot_general", "shard_map"):
+            seen.append((name, len([p for p in past if p[1] == "dot_general"]), len(past)))
+            past = past | {(i, name)}
+        behind |= dict.fromkeys(step.outvars, past)
+    # in order of products: values; keys, which wait for them; queries, which wait for both and for values to have come
+    assert [s[1:] for s in seen if s[0] == "dot_general"] == [(0, 0), (1, 1), (2, 3)]
+    assert sorted(s[1:] for s in seen if s[0] == "shard_map") == [(1, 1), (2, 2)]
 
 
 SPREAD = [dict(sequence=8), dict(data=2, sequence=2, tensor=2)]

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 
 from jdit.nn.attention import Lengths, attention
 from jdit.nn.exchange import Form, Part, Tokens, attend_slices, choose, joined, padded, split
-from jdit.nn.layers import some_parts
+from jdit.nn.layers import marked, some_parts
 from jdit.sharding import Rules, shard
 from jdit.target import target
 
@@ -90,13 +90,14 @@ def attend_parts(
         out = split(attend_whole(q, k, v, rules=rules, kv_lengths=kv_lengths, key_counts=key_counts), sizes[0])
         return [padded(o, part[0].shape[1]) for o, part in zip(out, parts)]
     ways, tensor, heads = rules.ways("seq"), rules.ways("heads"), q.shape[2]
-    form = _form(heads, rules)
+    form = _form(heads, sum(sizes[1]), rules)
     _log_choice(str(form), ways, sizes[0], sizes[1], heads, form.heads * tensor - heads)
-    spread, _, batch = _specs(q.shape[0], rules)
+    spread, head, batch = _specs(q.shape[0], rules)
+    keys = (P(*batch, None, head, None), 1) if form.gathered else (spread, ways)
     run = functools.partial(attend_slices, sizes, rules.axes("seq"), form)
-    whole = [tuple(_pad(a, ways, tensor) for a in part) for part in parts]
-    out = _shard_map(run, ([(spread,) * 3] * len(parts), batch, P()), [spread] * len(parts))(
-        whole, kv_lengths, key_counts
+    fit = [tuple(_pad(a, n, tensor) for a, n in zip(part, (ways, keys[1], keys[1]))) for part in parts]
+    out = _shard_map(run, ([(spread, keys[0], keys[0])] * len(parts), batch, P()), [spread] * len(parts))(
+        fit, kv_lengths, key_counts
     )  # fmt: skip
     return [_cut(o, part[0].shape[1], heads) for o, part in zip(out, parts)]
 
@@ -106,14 +107,17 @@ def project(
 ) -> Part:
     """Queries, keys and values of a layer whose first three parts they are, values (B, N, D) as they come.
 
-    Where keys and values are gathered, they have a product of their own, and that of the queries runs meanwhile.
+    Where keys and values are gathered, each of the three has a product of its own: values are sent while that of the
+    keys runs, keys while that of the queries does, and both are whole on each device in the end.
     """
-    if rules.ways("seq") == 1 or not _form(heads, rules).gathered:
+    part = lambda i, *sent: some_parts(fused, x, slice(i, i + 1), *sent)[:, :, 0]
+    if rules.ways("seq") == 1 or not _form(heads, x.shape[1], rules).gathered:
         qkv = some_parts(fused, x, slice(3))
         return turn_q(qkv[:, :, 0]), turn_k(qkv[:, :, 1]), qkv[:, :, 2]
-    kv = some_parts(fused, x, slice(1, 3))
-    x, k, v = jax.lax.optimization_barrier((x, turn_k(kv[:, :, 0]), kv[:, :, 1]))
-    return turn_q(some_parts(fused, x, slice(1))[:, :, 0]), k, v
+    v, sent = marked(part(2))
+    k, here = marked(turn_k(part(1, sent)))
+    v, came = marked(_gather(v, rules))  # before the queries' product, behind which XLA would hide both
+    return turn_q(part(0, here + came)), _gather(k, rules), v
 
 
 def attend_frames(
@@ -176,8 +180,18 @@ def attend_whole(
     return out.reshape(*q.shape[:2], -1)
 
 
-def _form(heads: int, rules: Rules) -> Form:
-    return choose(-(-heads // rules.ways("heads")), rules.ways("seq"), rules.exchange)
+def _form(heads: int, keys: int, rules: Rules) -> Form:
+    return choose(-(-heads // rules.ways("heads")), keys, rules.ways("seq"), rules.exchange)
+
+
+def _gather(a: Float[Array, "B N ..."], rules: Rules) -> Float[Array, "B N ..."]:
+    """Tokens that are spread, (B, N, D) or (B, N, H, K), to all devices that share them."""
+    n, ways = a.shape[1], rules.ways("seq")
+    tokens, head, batch = _specs(a.shape[0], rules)
+    rest = (head if a.shape[2] % rules.ways("heads") == 0 else None, *(None,) * (a.ndim - 3))
+    run = functools.partial(jax.lax.all_gather, axis_name=rules.axes("seq"), axis=1, tiled=True)
+    out = _shard_map(run, P(*batch, tokens[1], *rest), P(*batch, None, *rest))(padded(a, n + -n % ways))
+    return out[:, :n]
 
 
 def _whole(tokens: int, rules: Rules) -> bool:

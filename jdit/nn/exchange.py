@@ -11,8 +11,8 @@ U R. A sequence has parts (a picture, its text); a device holds a slice of each.
   results are merged in float32.
 - Both (arXiv 2405.07719): groups of U neighbours exchange heads, and what a group holds goes round R groups. It is for
   heads that W does not divide: 38 heads on 4 devices are U = 2, R = 2.
-- Gathered (arXiv 2407.21783, section 3.3.2), U = 1: keys and values of all devices come to each at once, and attention
-  is that of one device again. On two devices it sends as much as Ulysses, all of it before attention.
+- Gathered (arXiv 2407.21783, section 3.3.2), U = 1: keys and values of all devices come to each before attention, which
+  is that of one device again. On two devices it sends as much as Ulysses, all of it while the projections run.
 """
 
 from collections.abc import Sequence
@@ -24,6 +24,8 @@ from jaxtyping import Array, Bool, Float
 
 from jdit.nn.attention import Lengths, attention
 from jdit.nn.attention_lse import MASKED, attention_with_lse, merge
+from jdit.nn.layers import marked
+from jdit.target import target
 
 Tokens = Float[Array, "B n H K"]
 Part = tuple[Tokens, Tokens, Tokens]
@@ -36,7 +38,7 @@ LONG = 16384
 
 class Form(NamedTuple):
     """How attention uses W = ulysses x ring devices; `heads` of a device, those of zeros included that were added;
-    `gathered`: the ring's keys come at once."""
+    `gathered`: the ring's keys are all here already."""
 
     ulysses: int
     ring: int
@@ -48,17 +50,20 @@ class Form(NamedTuple):
         return " x ".join(f"{name} over {n}" for name, n in (("ulysses", self.ulysses), (around, self.ring)) if n > 1)
 
 
-def choose(heads: int, ways: int, exchange: str) -> Form:
-    """The form of attention with so many heads a device over `ways` devices.
+def choose(heads: int, keys: int, ways: int, exchange: str) -> Form:
+    """The form of attention with so many heads a device, to so many keys, over `ways` devices.
 
     Args:
-        exchange: "auto": Ulysses over the largest divisor of `ways` that divides the heads, and a ring over what is
-            left. "ulysses": over all; heads of zeros are added where `ways` does not divide them. "ring", "gather":
-            over all. "ulysses_ring": "auto" with more than one device in either.
+        exchange: "auto": gathered, on two GPUs and for long sequences (`LONG`); else Ulysses over the largest divisor
+            of `ways` that divides the heads, and a ring over what is left. "ulysses": over all; heads of zeros are
+            added where `ways` does not divide them. "ring", "gather": over all. "ulysses_ring": Ulysses and a ring as
+            of "auto", with more than one device in either.
 
     Raises:
         ValueError: "ulysses_ring" where no divisor of `ways`, neither 1 nor all, divides the heads.
     """
+    if exchange == "auto" and ways == 2 and keys >= LONG and target().platform == "gpu":
+        exchange = "gather"
     if exchange == "ulysses":
         return Form(ways, 1, -(-heads // ways) * ways)
     if exchange in ("ring", "gather"):
@@ -80,7 +85,8 @@ def attend_slices(
     """Attention of this device's slices to all tokens; the results a part.
 
     Args:
-        axes: mesh axes that the tokens are spread over. parts: slices of equal length on all devices (padding last).
+        axes: mesh axes that the tokens are spread over. parts: slices of equal length on all devices (padding last);
+            keys and values that are gathered are whole.
         lengths, counts: as of `attention`, of all keys, the parts one after another.
     """
     heads, count = parts[0][0].shape[2], len(parts)
@@ -89,8 +95,6 @@ def attend_slices(
         pieces = _to_heads(pieces, axes, form, apart=[count, 0] if sizes[1][0] >= LONG else [])
     q, k, v = (pieces[i * count : (i + 1) * count] for i in range(3))
     queries = sizes[0] if form.ring == 1 else [a.shape[1] for a in q]  # that are here
-    if form.gathered:
-        k, v = ([jax.lax.all_gather(a, axes, axis=1, tiled=True) for a in some] for some in (k, v))
     if form.ring > 1 and not form.gathered:
         held = [a.shape[1] for a in k]
         seen = _ring(joined(q), joined(k), joined(v), sizes[1], held, axes, form, lengths, counts)
@@ -108,14 +112,16 @@ def attend_slices(
 
 def _to_heads(pieces: Sequence[Tokens], axes: tuple[str, ...], form: Form, apart: Sequence[int]) -> list[Tokens]:
     """Slices of all heads to the U devices' tokens of H/U heads: in one all-to-all, but for the pieces `apart`, which
-    follow it with one each."""
+    follow it with one each. XLA would pack all of them in one kernel, and send none before it ends."""
     groups = [[i for i in range(len(pieces)) if i not in apart], *([i] for i in apart)]
     out: dict[int, Tokens] = {}
-    before = None
+    packed = None
     for group in groups:
-        some = [pieces[i] if before is None else _after(pieces[i], before) for i in group]
-        before = _by_device(joined(some), form)
-        x = jnp.moveaxis(_all_to_all(before, axes, form), 0, 1)  # B, devices that sent, n, H/U, K
+        some = [pieces[i] if packed is None else pieces[i] + packed for i in group]
+        given = _by_device(joined(some), form)
+        if len(groups) > 1:
+            given, packed = marked(given)
+        x = jnp.moveaxis(_all_to_all(given, axes, form), 0, 1)  # B, devices that sent, n, H/U, K
         parts = split(x, [p.shape[1] for p in some], 2)
         out |= {i: a.reshape(a.shape[0], form.ulysses * a.shape[2], *a.shape[3:]) for i, a in zip(group, parts)}
     return [out[i] for i in range(len(pieces))]
@@ -125,13 +131,6 @@ def _by_device(x: Tokens, form: Form) -> Float[Array, "U B n h K"]:
     """Heads, zeros included, in the order in which they are sent."""
     x = jnp.pad(x, ((0, 0), (0, 0), (0, form.heads - x.shape[2]), (0, 0)))
     return jnp.moveaxis(x.reshape(*x.shape[:2], form.ulysses, -1, x.shape[-1]), 2, 0)
-
-
-def _after(x: Array, other: Array) -> Array:
-    """x, made after `other` is: a zero that waits for it is added, which costs nothing in the kernel that makes x.
-    XLA would otherwise make both in one kernel, and send neither before it ends."""
-    zero, _ = jax.lax.optimization_barrier((jnp.zeros((), x.dtype), other))
-    return x + zero
 
 
 def _to_tokens(pieces: Sequence[Tokens], axes: tuple[str, ...], form: Form, heads: int) -> list[Tokens]:

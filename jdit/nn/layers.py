@@ -40,12 +40,25 @@ def fused_linear(d_in: int, n: int, d_out: int, axes: Axes, *, dtype, rngs: nnx.
     )  # fmt: skip
 
 
-def some_parts(fused: nnx.LinearGeneral, x: Float[Array, "... D"], which: slice) -> Float[Array, "... m E"]:
-    """Some of a `fused_linear`'s parts, in a product of their own."""
+def marked(x: Array) -> tuple[Array, Float[Array, ""]]:
+    """x, and a zero that is there when x is: what it is added to is made after x, at no cost in the kernel that makes
+    it. Whoever needs x has to use the one that is returned, else XLA forgets what the zero was to wait for."""
+    return jax.lax.optimization_barrier((x, jnp.zeros((), x.dtype)))
+
+
+def some_parts(
+    fused: nnx.LinearGeneral, x: Float[Array, "... D"], which: slice, sent: Float[Array, ""] | None = None
+) -> Float[Array, "... m E"]:
+    """Some of a `fused_linear`'s parts, in a product of their own.
+
+    sent: mark (`marked`) of what other devices are to be sent while the product runs. The kernel that copies these
+    parts' weights waits for it: NCCL's has its processors then before the product's takes all of them and keeps them.
+    """
     kernel = fused.kernel.get_value()
     if len(range(kernel.shape[1])[which]) == kernel.shape[1]:
         return fused(x)
-    out = product(x.astype(kernel.dtype), kernel[:, which], (((x.ndim - 1,), (0,)), ((), ())))
+    some = kernel[:, which] if sent is None else kernel[:, which] + sent.astype(kernel.dtype)
+    out = product(x.astype(kernel.dtype), some, (((x.ndim - 1,), (0,)), ((), ())))
     return out if fused.bias is None else out + fused.bias.get_value()[which]
 
 

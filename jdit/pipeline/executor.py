@@ -46,13 +46,15 @@ class Stage:
 def compiler_options() -> dict[str, bool | int] | None:
     """On a GPU, scanned layers read their weights in place instead of copying each layer's slice first: in products
     that are cuBLASLt calls from the start, not candidates for Triton (and see `jdit.nn.layers.product`). Values, keys
-    and queries may be under way together (`jdit.nn.exchange`)."""
+    and queries may be under way together (`jdit.nn.exchange`), and what is sent begins as early as it can: XLA begins
+    it right before the product that hides it, which then leaves NCCL no processors."""
     if jax.default_backend() != "gpu":
         return None
     return {
         "xla_gpu_enable_dynamic_slice_fusion": True,
         "xla_gpu_enable_triton_gemm": False,
         "xla_gpu_experimental_parallel_collective_overlap_limit": 4,
+        "xla_gpu_experimental_collective_start_as_early_as_possible": True,
     }
 
 

@@ -96,7 +96,7 @@ def _mesh(work: Work, devices: int) -> tuple[dict[str, int], list[Reason]]:
         each = -(-work.tokens // sequence)
         out.append(Reason(Why.SEQUENCE, f"sequence={sequence}: {work.tokens:,} tokens, {each:,} a device"))
     if work.heads % sequence:
-        form = choose(work.heads, sequence, "auto")
+        form = choose(work.heads, work.tokens, sequence, "auto")
         out.append(Reason(Why.HEADS, f"{work.heads} heads do not divide by {sequence}: attention by {form}"))
     if 1 < devices // data > enough:
         out.append(Reason(Why.FEW, f"{work.tokens:,} tokens: on more devices each would have fewer than {FEW}"))
