@@ -75,8 +75,8 @@ CASES = {
 SPREAD = ("Wan 14B 480p", "Wan 14B 480p guided", "HunyuanVideo 544p", "HunyuanVideo 720p", "Qwen-Image guided")
 """Whose weights are over half of a v6e's memory: on it they are spread over all chips (FSDP)."""
 MEASURED = {
-    "Wan 1.3B 480p": (0.5081, 0.2797), "Wan 14B 480p": (2.693, 1.468), "HunyuanVideo 544p": (7.371, 3.944),
-    "SD3.5-large guided": (0.1281, 0.0660), "Qwen-Image guided": (0.4742, 0.2436),
+    "Wan 1.3B 480p": (0.5154, 0.2775), "Wan 14B 480p": (2.732, 1.451), "HunyuanVideo 544p": (7.481, 3.912),
+    "SD3.5-large guided": (0.1293, 0.0664), "Qwen-Image guided": (0.4746, 0.2465),
 }  # fmt: skip
 """Seconds of a step on one H100 and on two (benchmarks/mesh.md)."""
 
