@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from jdit import distributed
-from jdit.cli_mesh import join, make, mesh_options
+from jdit.cli_mesh import join, make, mesh_options, rules_of
 from jdit.cli_segments import write_segments
 from jdit.terminal import compilation_cache, err, import_jax, interruptible, parts_of, progress_bar, say
 
@@ -111,14 +111,14 @@ class Size(click.ParamType):
 @click.option("--room", type=click.FloatRange(min=0), metavar="GB",
               help="Memory of a device for weights; what does not fit is read when used.  [default: all]")  # fmt: skip
 @click.option("--part", "parts", multiple=True, metavar="NAME=PATH", help="Take a component from elsewhere.")
-def generate(prompts, model, output, grid, fps, dtype, mesh, rules, coordinator, processes, process_id, room, parts,
-             **options):  # fmt: skip
+def generate(prompts, model, output, grid, fps, dtype, mesh, rules, exchange, coordinator, processes, process_id, room,
+             parts, **options):  # fmt: skip
     """Generate pictures or videos from prompts."""
     from jdit import media
 
     start = time.perf_counter()
     with err.status("loading") as status:
-        join(mesh, rules, coordinator=coordinator, processes=processes, process_id=process_id)
+        join(mesh, rules, exchange, coordinator=coordinator, processes=processes, process_id=process_id)
         distributed.same("options", {n: v for n, v in click.get_current_context().params.items() if n not in OWN})
         if distributed.first():
             media.check_target(output or Path("out.png"), (*media.FORMATS, *media.MOVIES))  # before anything slow
@@ -138,7 +138,8 @@ def generate(prompts, model, output, grid, fps, dtype, mesh, rules, coordinator,
         chosen = dtype if dtype != "auto" else "float32" if jax.default_backend() == "cpu" else "bfloat16"
         on_component = lambda name: status.update(f"loading {name}")
         space = None if room is None else 1e9 * room
-        pipe = opened.pipeline(mesh=on, rules=rules, dtype=chosen, room=space, on_component=on_component)
+        where = {"mesh": on, "rules": rules_of(rules, exchange)}
+        pipe = opened.pipeline(**where, dtype=chosen, room=space, on_component=on_component)
     if pipe.segmented(arguments) and output.suffix.lower() in media.MOVIES:
         written, timings = write_segments(pipe, texts, output, fps, **arguments)
         return _report(written, start, timings)

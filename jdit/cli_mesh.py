@@ -1,5 +1,6 @@
 """What commands say of devices: meshes, rules, other processes; and the plan that `jdit inspect --mesh` prints."""
 
+import dataclasses
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,8 @@ log = logging.getLogger("jdit")
 
 AUTO = "auto"
 RULES = ("replicated", "fsdp", "tensor")
-"""Presets of `jdit.Rules`, which cannot be asked here: that would import jax for `--help`."""
+EXCHANGES = (AUTO, "ulysses", "ring", "ulysses_ring", "gather")
+"""Presets and exchanges of `jdit.Rules`, which cannot be asked here: that would import jax for `--help`."""
 
 
 class Mesh(click.ParamType):
@@ -40,12 +42,14 @@ rules_option = click.option("--rules", type=click.Choice(RULES), help="Where wei
 
 
 def mesh_options(command: Callable) -> Callable:
-    """--mesh and --rules of a command that runs a model, and what finds its other processes."""
+    """--mesh, --rules and --exchange of a command that runs a model, and what finds its other processes."""
+    exchange = f"How attention comes by tokens of other devices of --mesh.  [default: {AUTO}]"
     count = "How many processes run this command together; auto: jax finds them.  [default: the launcher's word]"
     for option in (
         click.option("--process-id", type=int, help="Which of them this is, from 0.  [default: the launcher's word]"),
         click.option("--processes", metavar="N", help=count),
         click.option("--coordinator", metavar="HOST:PORT", help="Where the first of several processes listens."),
+        click.option("--exchange", type=click.Choice(EXCHANGES), help=exchange),
         rules_option,
         click.option("--mesh", type=Mesh(), help="Devices to use together, as data=2,sequence=4.  [default: one]"),
     ):
@@ -53,7 +57,7 @@ def mesh_options(command: Callable) -> Callable:
     return command
 
 
-def join(mesh: dict[str, int] | None, rules: str | None, **processes: Any):
+def join(mesh: dict[str, int] | None, rules: str | None, exchange: str | None, **processes: Any):
     """Join the other processes of a command, if --mesh is there and somebody says that there are others.
 
     Raises:
@@ -63,7 +67,8 @@ def join(mesh: dict[str, int] | None, rules: str | None, **processes: Any):
         import_jax()
         distributed.initialize(**processes)
         return
-    given = {"--rules": rules} | {f"--{name.replace('_', '-')}": value for name, value in processes.items()}
+    said = {"rules": rules, "exchange": exchange} | processes
+    given = {f"--{name.replace('_', '-')}": value for name, value in said.items()}
     if alone := [name for name, value in given.items() if value is not None]:
         raise click.UsageError(f"{', '.join(alone)}: goes with --mesh, as --mesh data=2,sequence=4")
 
@@ -83,6 +88,13 @@ def make(mesh: dict[str, int] | None):
     if (count := jax.local_device_count()) > 1:
         log.info("one of %d devices is used; --mesh spreads over more (jdit inspect --mesh auto proposes one)", count)
     return None
+
+
+def rules_of(name: str | None, exchange: str | None) -> Any:
+    """What --rules and --exchange say, as `rules` of `jdit.load`."""
+    from jdit.sharding import Rules
+
+    return name if exchange is None else dataclasses.replace(Rules.named(name or "tensor"), exchange=exchange)
 
 
 def planned(

@@ -4,6 +4,7 @@ import pytest
 from click.testing import CliRunner
 
 from jdit.cli import main
+from jdit.nn import context_parallel
 
 
 def run(*arguments: str):
@@ -46,6 +47,8 @@ def test_models_are_listed():
         (["generate", "a", "--mesh", "data=x"], "data must be a whole number of devices, 1 or more"),
         (["generate", "a", "--rules", "fsdp"], "--rules: goes with --mesh, as --mesh data=2,sequence=4"),
         (["generate", "a", "--mesh", "data=2", "--rules", "x"], "'x' is not one of 'replicated', 'fsdp', 'tensor'"),
+        (["generate", "a", "--exchange", "ring"], "--exchange: goes with --mesh, as --mesh data=2,sequence=4"),
+        (["generate", "a", "--mesh", "sequence=2", "--exchange", "x"], "'x' is not one of 'auto', 'ulysses', 'ring'"),
         (["generate", "a", "--mesh", "data=2", "--process-id", "1"], "this one's number is 1, but a coordinator"),
         (["generate", "a", "--processes", "2"], "--processes: goes with --mesh"),
         (["convert", "nowhere", "there"], "nowhere: no such file or folder"),
@@ -60,3 +63,10 @@ def test_bad_input_ends_with_2_and_says_what_is_wrong(arguments, message, tmp_pa
     assert result.exit_code == 2
     assert message in error(result)
     assert not list(tmp_path.iterdir())
+
+
+def test_exchange_of_attention_can_be_forced(caplog, tmp_path):
+    context_parallel._log_choice.cache_clear()
+    where = ("--mesh", "sequence=2", "--exchange", "gather", "--steps", "1", "-o", str(tmp_path / "a.png"))
+    assert run("-v", "generate", "a red apple", *where).exit_code == 0
+    assert "attention over 2 devices: gather over 2;" in caplog.text

@@ -1,5 +1,6 @@
 """Which mesh and rules are proposed for full-size models, and why."""
 
+import dataclasses
 import itertools
 import json
 
@@ -105,6 +106,14 @@ def test_without_a_mesh_one_device_is_used_and_said(caplog):
     assert cli_mesh.make(None) is None
     assert "one of 8 devices is used; --mesh spreads over more" in caplog.text
     assert cli_mesh.make({"data": 2, "sequence": 4}).shape == {"data": 2, "sequence": 4, "tensor": 1}
+
+
+def test_words_of_options_are_those_of_rules():
+    assert sorted(cli_mesh.RULES) == sorted(sharding.PRESETS)
+    assert cli_mesh.EXCHANGES == sharding.EXCHANGES
+    assert cli_mesh.rules_of(None, None) is None and cli_mesh.rules_of("fsdp", None) == "fsdp"
+    assert cli_mesh.rules_of(None, "ring") == sharding.Rules(exchange="ring")
+    assert cli_mesh.rules_of("fsdp", "gather") == dataclasses.replace(sharding.Rules.fsdp(), exchange="gather")
 
 
 class TestCommand:
