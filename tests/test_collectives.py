@@ -119,11 +119,12 @@ def test_a_ring_sends_keys_and_values_round(name):
     assert {c.bytes for c in found} == {slices(ODD, 2, 2 * (name != "wan"))}
 
 
-@pytest.mark.parametrize("name", ["wan", "hunyuan single", "hunyuan double"])
+@pytest.mark.parametrize("name", ["wan", "hunyuan single", "hunyuan double", "cogvideox"])
 def test_keys_and_values_are_gathered(name):
     """They, and nothing else."""
     found = collectives(compiled(name, dict(sequence=8), Rules(exchange="gather")).as_text())
-    both = [8 * slices(ODD, 1), 8 * slices(ODD, 0, 1)][: 1 + (name == "hunyuan double")]
+    width = 2 if name == "cogvideox" else 1
+    both = [8 * width * slices(ODD, 1), 8 * slices(ODD, 0, 1)][: 1 + (name == "hunyuan double")]
     assert {c.kind for c in found} == {"all-gather"} and sorted(c.bytes for c in found) == sorted(2 * both)
 
 

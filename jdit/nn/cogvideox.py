@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jdit.nn import layers
-from jdit.nn.context_parallel import attend, whole_tiles
+from jdit.nn.context_parallel import attend, project, whole_tiles
 from jdit.nn.patch import patch_grid, patchify_3d, sincos_3d, unpatchify_3d
 from jdit.nn.rope import Rope, apply_rope, grid_rope
 from jdit.sharding import Rules, shard
@@ -126,12 +126,12 @@ class JointAttention(nnx.Module):
         self.out = layers.linear(d, d, ("heads", "embed"), dtype=cfg.dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B M D"], rope: Rope | None, tokens: int | None = None) -> Float[Array, "B M D"]:
-        cfg, qkv = self.cfg, self.qkv(x)
-        q, k, v = (qkv[:, :, i].reshape(*x.shape[:2], cfg.heads, cfg.head_dim) for i in range(3))
-        q, k = self.norm_q(q), self.norm_k(k)
-        if rope is not None:
-            q, k = apply_rope(q, rope), apply_rope(k, rope)
-        return self.out(attend(q, k, v, rules=cfg.rules, tokens=tokens))
+        cfg = self.cfg
+        heads = lambda a: a.reshape(*a.shape[:2], cfg.heads, cfg.head_dim)
+        rotate = lambda a: a if rope is None else apply_rope(a, rope)
+        turn = lambda norm: lambda a: rotate(norm(heads(a)))
+        q, k, v = project(self.qkv, x, turn(self.norm_q), turn(self.norm_k), cfg.heads, cfg.rules)
+        return self.out(attend(q, k, heads(v), rules=cfg.rules, tokens=tokens))
 
 
 class CogVideoXBlock(nnx.Module):

@@ -93,10 +93,10 @@ def attend_parts(
     form = _form(heads, sum(sizes[1]), rules)
     _log_choice(str(form), ways, sizes[0], sizes[1], heads, form.heads * tensor - heads)
     spread, head, batch = _specs(q.shape[0], rules)
-    keys = (P(*batch, None, head, None), 1) if form.gathered else (spread, ways)
+    keys, slices = (P(*batch, None, head, None), 1) if form.gathered else (spread, ways)
     run = functools.partial(attend_slices, sizes, rules.axes("seq"), form)
-    fit = [tuple(_pad(a, n, tensor) for a, n in zip(part, (ways, keys[1], keys[1]))) for part in parts]
-    out = _shard_map(run, ([(spread, keys[0], keys[0])] * len(parts), batch, P()), [spread] * len(parts))(
+    fit = [(_pad(q, ways, tensor), _pad(k, slices, tensor), _pad(v, slices, tensor)) for q, k, v in parts]
+    out = _shard_map(run, ([(spread, keys, keys)] * len(parts), batch, P()), [spread] * len(parts))(
         fit, kv_lengths, key_counts
     )  # fmt: skip
     return [_cut(o, part[0].shape[1], heads) for o, part in zip(out, parts)]

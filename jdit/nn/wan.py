@@ -131,14 +131,14 @@ class CrossAttention(nnx.Module):
     def context(self, text: Float[Array, "B L D"], image: Float[Array, "B I D"] | None) -> Context:
         """Keys and values of the embedded prompt."""
 
-        def project(dense, norm, states) -> KeysValues:
+        def whole(dense, norm, states) -> KeysValues:
             kv = dense(states)
             pair = _split(self.cfg, norm(kv[:, :, 0])), _split(self.cfg, kv[:, :, 1])
             k, v = (shard(a, "batch", None, "heads", None, rules=self.cfg.rules) for a in pair)
             return k, v
 
-        picture = None if image is None else project(self.image_kv, self.norm_image_k, image)
-        return Context(project(self.kv, self.norm_k, text), picture)
+        picture = None if image is None else whole(self.image_kv, self.norm_image_k, image)
+        return Context(whole(self.kv, self.norm_k, text), picture)
 
     def __call__(self, x: Float[Array, "B N D"], context: Context) -> Float[Array, "B N D"]:
         q = _split(self.cfg, self.norm_q(self.q(x)))
