@@ -228,12 +228,12 @@ def shard(x: jax.Array, *axes: str | None, rules: Rules) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, _fit(rules, axes, x.shape, dict(mesh.shape), uneven))
 
 
-def on_all(x: jax.Array, axis: int = 0) -> jax.Array:
-    """Constrain an array to have all of an axis on every device, the others as they are; outside `jax.set_mesh` it is
-    the identity."""
+def whole_rows(x: jax.Array) -> jax.Array:
+    """Constrain an array to have all rows of its first axis on every device, the other axes as they are; outside
+    `jax.set_mesh` it is the identity."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
-    return jax.lax.with_sharding_constraint(x, P(*(None if i == axis else P.UNCONSTRAINED for i in range(x.ndim))))
+    return jax.lax.with_sharding_constraint(x, P(None, *[P.UNCONSTRAINED] * (x.ndim - 1)))
 
 
 def param_sharding(var: nnx.Variable, shape: tuple[int, ...], mesh: AnyMesh, rules: Rules) -> NamedSharding:

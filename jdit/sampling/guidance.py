@@ -26,7 +26,7 @@ from jaxtyping import Array, Bool, Float
 
 from jdit.sampling.combine import Strength, linear, strength
 from jdit.sampling.scan import Model, Stateful, begin, call
-from jdit.sharding import on_all
+from jdit.sharding import whole_rows
 
 Pair = Callable[..., tuple[Array, Array]] | Stateful  # (on, x, t, *row) -> (uncond, cond); on: a flag or None
 Flag = Callable[..., Any]  # picks the step's flag out of the row of per_step
@@ -61,10 +61,10 @@ def one_batch(model: Model | Stateful, positive: Model | None = None) -> Pair:
 
     def pair(carries, on, x, t, *row):
         def both():
-            out, carry = call(model, carries[0], on_all(jnp.concatenate([x, x])), t, *row)
+            out, carry = call(model, carries[0], whole_rows(jnp.concatenate([x, x])), t, *row)
             # on a mesh each device has both and goes on alone: the partitioner would let one of them have the latents,
             # and send it the other's prediction and all devices the result
-            uncond, cond = jnp.split(on_all(_wide(out)), 2)
+            uncond, cond = jnp.split(whole_rows(_wide(out)), 2)
             return (uncond, cond), (carry,)
 
         if on is None or (alone := positive) is None:
