@@ -58,7 +58,8 @@ def some_parts(
     if len(range(kernel.shape[1])[which]) == kernel.shape[1]:
         return fused(x)
     some = kernel[:, which] if sent is None else kernel[:, which] + sent.astype(kernel.dtype)
-    out = product(x.astype(kernel.dtype), some, (((x.ndim - 1,), (0,)), ((), ())))
+    # not `product`: these weights are copied in any case, and the bias is free in the product's own kernel
+    out = jax.lax.dot_general(x.astype(kernel.dtype), some, (((x.ndim - 1,), (0,)), ((), ())))
     return out if fused.bias is None else out + fused.bias.get_value()[which]
 
 
