@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 import logging
 import re
 
@@ -67,17 +68,25 @@ def test_choice(heads, ways, exchange, form):
 @pytest.mark.parametrize(
     "heads, keys, ways, exchange, form",
     [
-        (40, 32760, 2, "auto", Form(1, 2, 40, True)),
-        (5, 16384, 2, "auto", Form(1, 2, 5, True)),
+        (40, 32760, 2, "auto", Form(1, 2, 40)),
+        (5, 16384, 2, "auto", Form(1, 2, 5)),
         (40, 16383, 2, "auto", Form(2, 1, 40)),
         (40, 32760, 4, "auto", Form(4, 1, 40)),
         (40, 32760, 2, "ulysses", Form(2, 1, 40)),
     ],
 )
 def test_choice_on_gpus(heads, keys, ways, exchange, form):
-    """Two of them gather a long sequence's keys and values."""
+    """Two of them are a ring for a long sequence."""
     with compiling_for(Target("gpu")):
         assert choose(heads, keys, ways, exchange) == form
+
+
+@pytest.mark.parametrize("joint, processes", [(True, 1), (False, 2)])
+def test_what_two_gpus_gather(joint, processes, monkeypatch):
+    """Keys and values of parts, and what copy engines do not reach."""
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    with compiling_for(Target("gpu")):
+        assert choose(40, 32760, 2, "auto", joint=joint) == Form(1, 2, 40, True)
 
 
 def test_what_cannot_be_had():
@@ -246,6 +255,62 @@ def test_ring_in_bfloat16_is_as_exact_as_plain_attention():
     plain = relative(flat(attention(q, k, v)), want)
     ring = relative(run(dict(sequence=8), lambda *a: attend(*a, rules=Rules(exchange="ring")), q, k, v), want)
     assert 0 < ring <= 1.2 * plain < 1e-2
+
+
+@pytest.fixture
+def as_cudnn(monkeypatch):
+    """There is no GPU in the tests: what reaches cuDNN is run by jax.nn's plain implementation. The shapes seen."""
+    seen, real = [], inspect.signature(attention_lse.cudnn.dot_product_attention)
+
+    def fused(*args, **kw):
+        given = real.bind(*args, **kw).arguments
+        q, k, v, queries, keys = (given[name] for name in ("query", "key", "value", "q_seqlen", "kv_seqlen"))
+        assert given["mask_type"] == attention_lse.cudnn.MaskType.PADDING and given["return_residual"]
+        seen.append((q.shape, k.shape))
+        out, lse = jax.nn.dot_product_attention(
+            *(a.astype(jnp.float32) for a in (q, k, v)), scale=given["scale"], query_seq_lengths=queries,
+            key_value_seq_lengths=keys, return_residual=True,
+        )  # fmt: skip
+        return out.astype(q.dtype), lse.swapaxes(1, 2)
+
+    monkeypatch.setattr(attention_lse.cudnn, "dot_product_attention", fused)
+    with compiling_for(Target("gpu")):
+        yield seen
+
+
+@pytest.mark.parametrize("d", [16, 128])
+def test_cudnn_attends_to_the_first_keys(d, as_cudnn):
+    """To all, to some and to none, gradients of both results included."""
+    q, k, v = draw(12, 133, 131, 131, heads=2, d=d, dtype=jnp.bfloat16)
+    lengths = jnp.array([131, 0])
+
+    def results(which):
+        def loss(q, k, v):
+            out, lse = which(q, k, v, lengths)
+            some = lse > MASKED / 2
+            return jnp.where(some, jnp.sin(out).sum(-1) + jnp.cos(lse), 0).sum(), (out, lse)
+
+        return jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
+
+    (_, (out, lse)), gradients = results(attention_lse.attention_to_first)
+    assert as_cudnn == [((2, 133, 2, 16), (2, 131, 2, 16)) if d == 16 else ((2, 256, 2, d), (2, 256, 2, d))]
+    (_, (want, sums)), wanted = results(attention_lse._plain_to_first)
+    assert out.dtype == lse.dtype == jnp.float32 and (lse[1] == MASKED).all() and np.isfinite(out).all()
+    assert relative(out[0], want[0]) < 1e-2 and relative(lse[0], sums[0]) < 1e-6
+    for a, b in zip(gradients, wanted, strict=True):
+        assert relative(a[0], b[0]) < 1e-2 and not np.asarray(a[1], np.float32).any()
+
+
+@pytest.mark.parametrize("sizes", [dict(sequence=8), dict(data=2, sequence=4)], ids=["sequence8", "2x4"])
+@pytest.mark.parametrize("lengths", [None, (1099, 70)])
+def test_a_ring_of_cudnn(sizes, lengths, as_cudnn):
+    """The last devices have padding, or of a short sample nothing at all."""
+    q, k, v = draw(13, 1100, 1100, 1100, heads=2, dtype=jnp.bfloat16)
+    kv_lengths = None if lengths is None else jnp.array(lengths)
+    call = lambda *a: attend(*a, rules=Rules(exchange="ring"), kv_lengths=kv_lengths)
+    want = flat(attention(q, k, v, kv_lengths=kv_lengths, implementation="xla"))
+    got = run(sizes, call, q, k, v)
+    assert len(as_cudnn) == sizes["sequence"] and relative(got, want) < 1e-2
 
 
 @pytest.mark.parametrize("chunk", [4, 1024])

@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from jdit.nn import layers
+from jdit.sharding import Rules
 from jdit.target import Target, compiling_for
 
 AXES = ("embed", "mlp")
@@ -44,7 +45,7 @@ def test_some_parts_of_a_product(bias):
     fused = layers.fused_linear(6, 3, 5, AXES, dtype="float32", rngs=nnx.Rngs(0), bias=bias)
     x = jax.random.normal(jax.random.key(1), (2, 3, 6))
     for which in (slice(1), slice(1, 3), slice(2, None), slice(3), slice(None)):
-        np.testing.assert_allclose(layers.some_parts(fused, x, which), fused(x)[:, :, which], rtol=1e-6)
+        np.testing.assert_allclose(layers.some_parts(fused, x, which, Rules()), fused(x)[:, :, which], rtol=1e-6)
 
 
 def test_statistics_are_apart_from_a_rotation_on_a_gpu():

@@ -1,13 +1,19 @@
 """Attention to some of the keys, with what is needed to merge it with attention to the others.
 
 B batch, N query tokens, S key tokens, H heads, K head dim. The log-sum-exp of a query's scores is float32 whatever the
-compute dtype: cuDNN gives it back in bfloat16, whose steps between 8 and 16 are 1/16, which is 3% in the weights that
-merge two parts.
+compute dtype: in bfloat16 its steps between 8 and 16 are 1/16, which is 3% in the weights that merge two parts.
 """
+
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jax._src.cudnn import fused_attention_stablehlo as cudnn
+from jaxtyping import Array, Float, Int
+
+from jdit.nn.attention import for_cudnn
 
 CHUNK = 1024
 """Query rows whose scores are in memory at once."""
@@ -18,16 +24,57 @@ weight 0."""
 Partial = tuple[Float[Array, "B N H K"], Float[Array, "B N H"]]
 
 
+def attention_to_first(
+    q: Float[Array, "B N H K"], k: Float[Array, "B S H K"], v: Float[Array, "B S H K"], seen: Int[Array, "B"]
+) -> Partial:
+    """`attention_with_lse` to the first `seen` keys, which may be none: by cuDNN where it takes them. Its gradients are
+    those of plain XLA, since cuDNN's know nothing of the log-sum-exp's."""
+    try:
+        for_cudnn(q, k, v, seen)
+    except NotImplementedError:
+        return _plain_to_first(q, k, v, seen)
+    return _cudnn(q, k, v, seen)
+
+
+def _plain_to_first(q, k, v, seen) -> Partial:
+    return attention_with_lse(q, k, v, jnp.where(jnp.arange(k.shape[1]) < seen[:, None], 0.0, MASKED))
+
+
+@jax.custom_vjp
+def _cudnn(q, k, v, seen) -> Partial:
+    """Through a function that is JAX's own, because the public one rounds the log-sum-exp to the outputs' dtype."""
+    n, scale = q.shape[1], q.shape[-1] ** -0.5
+    dot_product_attention: Callable[..., Any] = cudnn.dot_product_attention  # its annotations say less than it gives
+    q, k, v, queries, keys = for_cudnn(q, k, v, jnp.maximum(seen, 1))
+    out, lse = dot_product_attention(
+        q, k, v, None, None, queries, keys, scale=scale, mask_type=cudnn.MaskType.PADDING, return_residual=True
+    )
+    lse = jnp.where((seen > 0)[:, None, None], lse.swapaxes(1, 2)[:, :n], MASKED)
+    return out[:, :n].astype(jnp.float32), lse
+
+
+def _cudnn_forward(q, k, v, seen):
+    return _cudnn(q, k, v, seen), (q, k, v, seen)
+
+
+def _cudnn_backward(given, g):
+    q, k, v, seen = given
+    _, back = jax.vjp(functools.partial(_plain_to_first, seen=seen), q, k, v)
+    return *back(g), None
+
+
+_cudnn.defvjp(_cudnn_forward, _cudnn_backward)
+
+
 def attention_with_lse(
     q: Float[Array, "B N H K"], k: Float[Array, "B S H K"], v: Float[Array, "B S H K"], bias: Float[Array, "B|1 S"]
 ) -> Partial:
     """softmax(q k^T / sqrt(K) + bias) v, and the log of the softmax's denominator, both float32.
 
-    The seam for a kernel: whatever takes its place must give the log-sum-exp in float32 (Pallas kernels save it so;
-    `bias`, which cuts padding by `MASKED` and counts keys, can ride on further head dims as in `attention`'s
-    key_counts). This is plain XLA, a chunk of queries at a time, and recomputed for gradients. On a GPU its scores
-    cross memory, about 12 bytes a score against 4 K flops: at K = 128 and an H100's 3 TB/s some 4 ps where cuDNN takes
-    0.9 ps (estimated, not measured).
+    Plain XLA, a chunk of queries at a time, and recomputed for gradients. On a GPU its scores cross memory, about 12
+    bytes a score against 4 K flops: at K = 128 and an H100's 3 TB/s some 4 ps where cuDNN takes 0.9 ps (estimated, not
+    measured). `bias`, which cuts padding by `MASKED` and counts keys, could ride on further head dims as in
+    `attention`'s key_counts, for a kernel.
     """
     b, n, h, d = q.shape
 
@@ -53,6 +100,5 @@ def attention_with_lse(
 
 def merge(a: Partial, b: Partial) -> Partial:
     """Attention to the keys of both parts. Commutative and associative."""
-    lse = jnp.logaddexp(a[1], b[1])
-    share = lambda part: part[0] * jnp.exp(part[1] - lse)[..., None]
-    return share(a) + share(b), lse
+    more = (a[1] - b[1])[..., None]
+    return a[0] * jax.nn.sigmoid(more) + b[0] * jax.nn.sigmoid(-more), jnp.logaddexp(a[1], b[1])

@@ -90,7 +90,7 @@ def attend_parts(
         out = split(attend_whole(q, k, v, rules=rules, kv_lengths=kv_lengths, key_counts=key_counts), sizes[0])
         return [padded(o, part[0].shape[1]) for o, part in zip(out, parts)]
     ways, tensor, heads = rules.ways("seq"), rules.ways("heads"), q.shape[2]
-    form = _form(heads, sum(sizes[1]), rules)
+    form = _form(heads, sum(sizes[1]), rules, len(parts) > 1)
     _log_choice(str(form), ways, sizes[0], sizes[1], heads, form.heads * tensor - heads)
     spread, head, batch = _specs(q.shape[0], rules)
     keys, slices = (P(*batch, None, head, None), 1) if form.gathered else (spread, ways)
@@ -103,21 +103,28 @@ def attend_parts(
 
 
 def project(
-    fused: nnx.LinearGeneral, x: Float[Array, "B N C"], turn_q: Turn, turn_k: Turn, heads: int, rules: Rules
-) -> Part:
-    """Queries, keys and values of a layer whose first three parts they are, values (B, N, D) as they come.
+    fused: nnx.LinearGeneral, x: Float[Array, "B N C"], turn_q: Turn, turn_k: Turn, heads: int, rules: Rules,
+    *, joint: bool = False,
+) -> Part:  # fmt: skip
+    """Queries, keys and values of a layer whose first three parts they are, values (B, N, D) as they come. `joint`:
+    they are of one part of a sequence that has several.
 
     Where keys and values are gathered, each of the three has a product of its own: values are sent while that of the
     keys runs, keys while that of the queries does, and both are whole on each device in the end.
     """
-    part = lambda i, *sent: some_parts(fused, x, slice(i, i + 1), *sent)[:, :, 0]
-    if rules.ways("seq") == 1 or not _form(heads, x.shape[1], rules).gathered:
-        qkv = some_parts(fused, x, slice(3))
+    part = lambda i, *sent: some_parts(fused, x, slice(i, i + 1), rules, *sent)[:, :, 0]
+    if rules.ways("seq") == 1 or not _form(heads, x.shape[1], rules, joint).gathered:
+        qkv = some_parts(fused, x, slice(3), rules)
         return turn_q(qkv[:, :, 0]), turn_k(qkv[:, :, 1]), qkv[:, :, 2]
     v, sent = marked(part(2))
     k, here = marked(turn_k(part(1, sent)))
     v, came = marked(_gather(v, rules))  # before the queries' product, behind which XLA would hide both
     return turn_q(part(0, here + came)), _gather(k, rules), v
+
+
+def beside_products(heads: int, tokens: int, rules: Rules) -> bool:
+    """Whether products run while what attention among so many tokens needs is sent: a ring is sent behind attention."""
+    return rules.ways("seq") > 1 and not _form(heads, tokens, rules, joint=False).rotated
 
 
 def attend_frames(
@@ -180,8 +187,8 @@ def attend_whole(
     return out.reshape(*q.shape[:2], -1)
 
 
-def _form(heads: int, keys: int, rules: Rules) -> Form:
-    return choose(-(-heads // rules.ways("heads")), keys, rules.ways("seq"), rules.exchange)
+def _form(heads: int, keys: int, rules: Rules, joint: bool) -> Form:
+    return choose(-(-heads // rules.ways("heads")), keys, rules.ways("seq"), rules.exchange, joint=joint)
 
 
 def _gather(a: Float[Array, "B N ..."], rules: Rules) -> Float[Array, "B N ..."]:

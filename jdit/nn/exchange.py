@@ -7,12 +7,15 @@ U R. A sequence has parts (a picture, its text); a device holds a slice of each.
   results back. In between, attention is that of one device, cuDNN included. Values, keys and queries of a long sequence
   have an all-to-all each, in this order: one is packed while the one before it travels, and what arrives is in order
   and need not be copied.
-- Ring (arXiv 2310.01889), U = 1: queries stay, keys and values go round in R - 1 collective-permutes, and the partial
-  results are merged in float32.
+- Ring (arXiv 2310.01889), U = 1: queries stay, keys and values go round in R - 1 collective-permutes each, behind
+  attention to those that are here, and the partial results are merged in float32. On the GPUs of one host, copy engines
+  send them (`jdit.pipeline.executor.compiler_options`), which takes no processor from attention.
 - Both (arXiv 2405.07719): groups of U neighbours exchange heads, and what a group holds goes round R groups. It is for
   heads that W does not divide: 38 heads on 4 devices are U = 2, R = 2.
 - Gathered (arXiv 2407.21783, section 3.3.2), U = 1: keys and values of all devices come to each before attention, which
   is that of one device again. On two devices it sends as much as Ulysses, all of it while the projections run.
+
+A ring's attention is cuDNN's for a sequence of one part without counted keys; other rings are plain XLA.
 """
 
 from collections.abc import Sequence
@@ -23,7 +26,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jdit.nn.attention import Lengths, attention
-from jdit.nn.attention_lse import MASKED, attention_with_lse, merge
+from jdit.nn.attention_lse import MASKED, Partial, attention_to_first, attention_with_lse, merge
 from jdit.nn.layers import marked
 from jdit.target import target
 
@@ -45,17 +48,23 @@ class Form(NamedTuple):
     heads: int
     gathered: bool = False
 
+    @property
+    def rotated(self) -> bool:
+        """All devices are one ring."""
+        return self.ring > 1 == self.ulysses and not self.gathered
+
     def __str__(self) -> str:
         around = "gather" if self.gathered else "ring"
         return " x ".join(f"{name} over {n}" for name, n in (("ulysses", self.ulysses), (around, self.ring)) if n > 1)
 
 
-def choose(heads: int, keys: int, ways: int, exchange: str) -> Form:
+def choose(heads: int, keys: int, ways: int, exchange: str, *, joint: bool = False) -> Form:
     """The form of attention with so many heads a device, to so many keys, over `ways` devices.
 
     Args:
-        exchange: "auto": gathered, on two GPUs and for long sequences (`LONG`); else Ulysses over the largest divisor
-            of `ways` that divides the heads, and a ring over what is left. "ulysses": over all; heads of zeros are
+        exchange: "auto": for long sequences (`LONG`) on two GPUs a ring if they are one host's, gathered if not, or if
+            the sequence is `joint` (has several parts); else Ulysses over the largest divisor of `ways`
+            that divides the heads, and a ring over what is left. "ulysses": over all; heads of zeros are
             added where `ways` does not divide them. "ring", "gather": over all. "ulysses_ring": Ulysses and a ring as
             of "auto", with more than one device in either.
 
@@ -63,7 +72,7 @@ def choose(heads: int, keys: int, ways: int, exchange: str) -> Form:
         ValueError: "ulysses_ring" where no divisor of `ways`, neither 1 nor all, divides the heads.
     """
     if exchange == "auto" and ways == 2 and keys >= LONG and target().platform == "gpu":
-        exchange = "gather"
+        exchange = "gather" if joint or jax.process_count() > 1 else "ring"
     if exchange == "ulysses":
         return Form(ways, 1, -(-heads // ways) * ways)
     if exchange in ("ring", "gather"):
@@ -158,21 +167,25 @@ def _ring(
     ways, u, group = form.ulysses * form.ring, form.ulysses, jax.lax.axis_index(axes) // form.ulysses
     starts = [sum(keys[:i]) for i in range(len(keys))]
 
-    def bias(step: int) -> Float[Array, "#B S"]:
-        """Of the keys that are here after so many steps. Which they are follows from the group that they come from."""
+    def attended(step: int, k: Tokens, v: Tokens) -> Partial:
+        """To the keys that are here after so many steps. Which they are follows from the group that they come from."""
         first = (group - step) % form.ring
+        if len(keys) == 1 and counts is None:
+            ends = jnp.full(k.shape[0], keys[0], jnp.int32) if lengths is None else jnp.minimum(lengths, keys[0])
+            return attention_to_first(q, k, v, jnp.clip(ends - first * held[0], 0, held[0]).astype(jnp.int32))
         within = [first * n + jnp.arange(n) for n in held]
         seen: Bool[Array, "#B S"] = jnp.concatenate([at < n for at, n in zip(within, keys)])[None]
         place = jnp.concatenate([jnp.minimum(at, n - 1) + start for at, n, start in zip(within, keys, starts)])
         if lengths is not None:
             seen = seen & (place < lengths[:, None])
-        return jnp.where(seen, 0.0 if counts is None else jnp.log(counts.astype(jnp.float32))[place], MASKED)
+        weights = 0.0 if counts is None else jnp.log(counts.astype(jnp.float32))[place]
+        return attention_with_lse(q, k, v, jnp.where(seen, weights, MASKED))
 
-    kv = jnp.stack([k, v])
-    out = attention_with_lse(q, kv[0], kv[1], bias(0))
+    turn = lambda a: jax.lax.ppermute(a, axes, [(i, (i + u) % ways) for i in range(ways)])
+    out = attended(0, k, v)
     for step in range(1, form.ring):
-        kv = jax.lax.ppermute(kv, axes, [(i, (i + u) % ways) for i in range(ways)])
-        out = merge(out, attention_with_lse(q, kv[0], kv[1], bias(step)))
+        k, v = turn(k), turn(v)
+        out = merge(out, attended(step, k, v))
     return out[0].astype(q.dtype)
 
 

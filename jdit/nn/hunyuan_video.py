@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jdit.nn import layers
-from jdit.nn.context_parallel import attend, whole_tiles
+from jdit.nn.context_parallel import attend, beside_products, whole_tiles
 from jdit.nn.joint import JointBlock, SelfAttention, gated_add, modulation_rows, of_tokens
 from jdit.nn.patch import patch_grid, patchify_3d, unpatchify_3d
 from jdit.nn.rope import Rope, grid_rope
@@ -175,8 +175,8 @@ class SingleBlock(nnx.Module):
         """Arguments as of `JointBlock`, of one stream."""
         shift, scale, gate = of_tokens(rows, h.shape[1], first)
         given, qkv, rules = layers.modulate_rows(h, shift, scale), self.attn.qkv, self.cfg.rules
-        # one product, but on a mesh: there the MLP's runs while what attention needs or gives is sent
-        made = None if rules.ways("seq") > 1 else qkv(given)
+        # one product, but where the MLP's is to run while what attention needs or gives is sent
+        made = None if beside_products(self.attn.heads, h.shape[1], rules) else qkv(given)
         with jax.named_scope("attention"):
             q, k, v = self.attn.project(given, rules, rope) if made is None else self.attn.split(made, rope)
             seen = attend(q, k, v, rules=rules, kv_lengths=kv_lengths, tokens=tokens)
@@ -184,7 +184,8 @@ class SingleBlock(nnx.Module):
             # attention's output in the place of v: a selection, where a concatenation is slow on GPUs (exchange.joined)
             is_seen = np.arange(1 + self.cfg.mlp_ratio)[:, None] == 0
             if made is None:
-                more = jnp.pad(layers.some_parts(qkv, given, slice(3, None)), ((0, 0), (0, 0), (1, 0), (0, 0)))
+                more = layers.some_parts(qkv, given, slice(3, None), rules)
+                more = jnp.pad(more, ((0, 0), (0, 0), (1, 0), (0, 0)))
             else:
                 more = made[:, :, 2:]
             both = jnp.where(is_seen, seen[:, :, None], layers.gelu_tanh(more))

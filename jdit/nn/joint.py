@@ -70,11 +70,13 @@ class SelfAttention(nnx.Module):
         self.out = layers.linear(d, d, ("heads", "embed"), **kw) if out else None
 
     def project(
-        self, x: Float[Array, "B N D"], rules: Rules, rope: Rope | None = None, *, rotated: bool = False
-    ) -> Part:
-        """Queries, keys and values, the first two rotated by `rope` or going to be (`rotated`)."""
+        self, x: Float[Array, "B N D"], rules: Rules, rope: Rope | None = None, *, rotated: bool = False,
+        joint: bool = False,
+    ) -> Part:  # fmt: skip
+        """Queries, keys and values, the first two rotated by `rope` or going to be (`rotated`). `joint`: x is one of
+        several parts of the sequence that is attended to."""
         turn = lambda norm: lambda a: self._turned(norm, a, rope, rotated)
-        q, k, v = project(self.qkv, x, turn(self.norm_q), turn(self.norm_k), self.heads, rules)
+        q, k, v = project(self.qkv, x, turn(self.norm_q), turn(self.norm_k), self.heads, rules, joint=joint)
         return q, k, self._split(v)
 
     def split(self, qkv: Float[Array, "B N m D"], rope: Rope) -> Part:
@@ -150,7 +152,7 @@ class JointBlock(nnx.Module):
         # on a mesh each device has a slice of either stream: joining would move them
         ropes = (None, None) if rope is None or not spread else _cut(rope, n, rules)
         image, context = (
-            stream.attn.project(a, rules, r and r.padded(a.shape[1]), rotated=rope is not None)
+            stream.attn.project(a, rules, r and r.padded(a.shape[1]), rotated=rope is not None, joint=True)
             for stream, a, r in zip((self.image, self.context), (x, c), ropes)
         )
         if self.last:  # nobody reads the context's output

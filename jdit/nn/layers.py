@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from jdit.sharding import Rules
 from jdit.target import target
 
 Axes = tuple[str | None, ...]
@@ -47,20 +48,25 @@ def marked(x: Array) -> tuple[Array, Float[Array, ""]]:
 
 
 def some_parts(
-    fused: nnx.LinearGeneral, x: Float[Array, "... D"], which: slice, sent: Float[Array, ""] | None = None
+    fused: nnx.LinearGeneral, x: Float[Array, "... D"], which: slice, rules: Rules, sent: Float[Array, ""] | None = None
 ) -> Float[Array, "... m E"]:
     """Some of a `fused_linear`'s parts, in a product of their own.
 
     sent: mark (`marked`) of what other devices are to be sent while the product runs. The kernel that copies these
     parts' weights waits for it: NCCL's has its processors then before the product's takes all of them and keeps them.
     """
-    kernel = fused.kernel.get_value()
+    kernel, bias = fused.kernel.get_value(), fused.bias
     if len(range(kernel.shape[1])[which]) == kernel.shape[1]:
         return fused(x)
     some = kernel[:, which] if sent is None else kernel[:, which] + sent.astype(kernel.dtype)
-    # not `product`: these weights are copied in any case, and the bias is free in the product's own kernel
-    out = jax.lax.dot_general(x.astype(kernel.dtype), some, (((x.ndim - 1,), (0,)), ((), ())))
-    return out if fused.bias is None else out + fused.bias.get_value()[which]
+    m, e = some.shape[1:]
+    # not `product`: these weights are copied in any case, and a bias of one axis is free in the product's own kernel.
+    # Several parts whose columns are spread have no such axis that is spread.
+    axes = (m * e,) if m == 1 or rules.ways(fused.kernel.get_metadata("axes")[-1]) == 1 else (m, e)
+    out = jax.lax.dot_general(x.astype(kernel.dtype), some.reshape(-1, *axes), (((x.ndim - 1,), (0,)), ((), ())))
+    if bias is not None:
+        out = out + bias.get_value()[which].reshape(axes)
+    return out.reshape(*x.shape[:-1], m, e)
 
 
 def joined_linear(n: int, d_in: int, d_out: int, axes: Axes, *, dtype, rngs: nnx.Rngs):
