@@ -22,6 +22,7 @@ from jdit.nn.rope import Rope
 from jdit.nn.wan import Context, WanBlock, WanConfig
 from jdit.nn.wan_animate import FaceAdapter
 from jdit.nn.wan_animate_config import WanAnimateConfig
+from jdit.pipeline import executor
 from jdit.sharding import Rules, make_mesh, shard
 
 B, HEADS, K = 2, 8, 8
@@ -249,3 +250,17 @@ def test_loops_of_real_programs_are_counted():
     x, w = (jax.ShapeDtypeStruct(s, np.float32, sharding=NamedSharding(mesh, spec)) for s, spec in sizes.values())
     program = jax.jit(lambda x, w: jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]).lower(x, w).compile()
     assert [(c.kind, c.devices, c.times) for c in collectives(program.as_text())] == [("all-reduce", 8, 7)]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_xla_knows_the_options_of_gpu_programs(processes, monkeypatch):
+    """Names and values: it takes those of GPUs on the CPU, too, and refuses others."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    options = executor.compiler_options()
+    assert options is not None and ("xla_gpu_collective_permute_mode" in options) == (processes == 1)
+    lowered = jax.jit(jnp.sin).lower(1.0)
+    lowered.compile(options)
+    for wrong in ({"xla_gpu_no_such_option": 1}, {"xla_gpu_collective_permute_mode": "COLLECTIVES_BY_PIGEON"}):
+        with pytest.raises(jax.errors.JaxRuntimeError):
+            lowered.compile(options | wrong)

@@ -44,20 +44,27 @@ class Stage:
 
 
 def compiler_options() -> dict[str, bool | int | str] | None:
-    """On a GPU, scanned layers read their weights in place instead of copying each layer's slice first: in products
-    that are cuBLASLt calls from the start, not candidates for Triton (and see `jdit.nn.layers.product`). Values, keys
-    and queries may be under way together (`jdit.nn.exchange`), and what is sent begins as early as it can: XLA begins
-    it right before the product that hides it, which then leaves NCCL no processors. What a ring sends between the GPUs
-    of one process goes by copy engines, which need none."""
+    """What GPU programs are compiled with (benchmarks/NOTES.md has the figures).
+
+    Scanned layers read their weights in place instead of copying each layer's slice first: in products that are
+    cuBLASLt calls from the start, not candidates for Triton (and see `jdit.nn.layers.product`). Values, keys and
+    queries may be under way together (`jdit.nn.exchange`), and what is sent begins as early as it can: XLA begins it
+    right before the product that hides it, which then leaves NCCL no processors. What a ring sends between the GPUs of
+    one process goes by copy engines, which need none. Slices of a layer's biases and scales are not copied on streams
+    of their own: beside what is sent, no CUDA graph can hold those, and outside of graphs cuDNN clears its results
+    first and kernels wait for one another's launch.
+    """
     if jax.default_backend() != "gpu":
         return None
     alone = jax.process_count() == 1
     return {
         **({"xla_gpu_collective_permute_mode": "COLLECTIVES_PEER_MEMORY"} if alone else {}),
+        "xla_disable_hlo_passes": "dynamic-slice-copy-fusion-async-wrapper",
         "xla_gpu_enable_dynamic_slice_fusion": True,
         "xla_gpu_enable_triton_gemm": False,
         "xla_gpu_experimental_parallel_collective_overlap_limit": 4,
         "xla_gpu_experimental_collective_start_as_early_as_possible": True,
+        "xla_gpu_graph_min_graph_size": 4,  # a ring's attention to its own keys, between sending and receiving
     }
 
 
