@@ -9,11 +9,11 @@ A video's tokens are spread over the devices (sequence), without guidance; a pic
 predictions on different devices (data). Cases run one after another, each in a process of its own that has all GPUs.
 A step is the transformer and an Euler update; short ones run several in one program, as sampling does. The programs
 take turns, so that all of them meet warm GPUs (which run at the clock that 700 W allow): a time is the median of its
-calls. Two GPUs of a kind are not equally fast, and what they do together waits for the slower one: "times as fast" is
-of the mean of the two alone. Text, modulation and what else is made before the loop is not in it. `silent` is the same program with what it
-sends taken out (an all-to-all gives back what it was given, a gathering repeats it): the difference is what
-communication costs, waiting for the other device included. Memory is the compiler's figure for a device. The two
-results are compared. About 5 minutes on two H100s.
+calls. Two GPUs of a kind are not equally fast: "times as fast" is of the mean of the two alone. Text, modulation and
+what else is made before the loop is not in it. `silent` is the same program with what it sends taken out (an all-to-all
+and a permute give back what they were given, a gathering repeats it): the difference is what communication costs,
+waiting for the other device included. Memory is the compiler's figure for a device. The two results are compared.
+About 5 minutes on two H100s.
 """
 
 import argparse

@@ -7,8 +7,8 @@ Counted: each full-size step is compiled, from shapes, for 2 to 64 CPU devices t
 program of one device gives the FLOPs of a layer's products and the collectives; attention, which is left out of the
 program, is counted by its formula. XLA's CPU compiler widens bfloat16 to float32: an element is counted as two bytes.
 Projected: see `step_time`. What it leaves out: small products are slower than large ones, and kernels run in waves.
-Where a ring is chosen, whose parts are plain XLA (jdit/nn/attention_lse.py), Ulysses with heads of zeros is counted
-too, and the faster one is given.
+Where a ring is chosen, whose parts are plain XLA in most cases (jdit/nn/attention_lse.py), Ulysses with heads of zeros
+is counted too, and the faster one is given.
 """
 
 import argparse
@@ -75,8 +75,8 @@ CASES = {
 SPREAD = ("Wan 14B 480p", "Wan 14B 480p guided", "HunyuanVideo 544p", "HunyuanVideo 720p", "Qwen-Image guided")
 """Whose weights are over half of a v6e's memory: on it they are spread over all chips (FSDP)."""
 MEASURED = {
-    "Wan 1.3B 480p": (0.5154, 0.2775), "Wan 14B 480p": (2.732, 1.451), "HunyuanVideo 544p": (7.481, 3.912),
-    "SD3.5-large guided": (0.1293, 0.0664), "Qwen-Image guided": (0.4746, 0.2465),
+    "Wan 1.3B 480p": (0.5054, 0.2665), "Wan 14B 480p": (2.6769, 1.4204), "HunyuanVideo 544p": (7.353, 3.837),
+    "SD3.5-large guided": (0.1267, 0.0650), "Qwen-Image guided": (0.4682, 0.2449),
 }  # fmt: skip
 """Seconds of a step on one H100 and on two (benchmarks/mesh.md)."""
 
@@ -128,6 +128,7 @@ def replace_attention():
     attention.BACKENDS.clear()
     attention.BACKENDS["counted"] = nothing
     exchange.attention_with_lse = partial
+    exchange.attention_to_first = lambda q, k, v, seen: partial(q, k, v, seen.astype(jnp.float32))
 
 
 def lowered(case: str, ways: int, spread: bool = False, exchange: str = "auto", **depth: int):
@@ -207,12 +208,13 @@ def ring(counted: dict[str, Any]) -> bool:
 def step_time(chip: Chip, counted: dict[str, Any]) -> dict[str, float]:
     """Seconds of products, of attention, of links, and of packing what all-to-alls send (read and written twice).
 
-    Attention of a ring's parts is taken to move 12 bytes of memory a score, that of others to run at the chip's rate,
-    with the heads that were added.
+    Attention of a ring's parts is taken to move 12 bytes of memory a score, but that of others, and of rings whose
+    parts are cuDNN's (those of GPUs, of sequences of one part), to run at the chip's rate, with the heads that were
+    added.
     """
     case, ways, cfg = counted["case"], counted["ways"], config(counted["case"])
     rate = chip.attention_64 if cfg.head_dim == 64 else chip.attention
-    if ring(counted):
+    if ring(counted) and not (chip.torus is None and case.startswith("Wan")):
         rate = min(rate, 4 * cfg.head_dim * chip.memory / 12)
     sequence = mesh_sizes(case, ways)["sequence"]
     more = -(-cfg.heads // sequence) * sequence / cfg.heads if counted["exchange"] == "ulysses" else 1

@@ -36,7 +36,8 @@ Part = tuple[Tokens, Tokens, Tokens]
 Sizes = tuple[tuple[int, ...], ...]
 """Tokens of each part's queries, keys and values on all devices together, without padding."""
 LONG = 16384
-"""Keys from which on queries, keys and values are sent apart: the copies that it saves outlast two all-to-alls."""
+"""Keys from which on queries, keys and values are sent apart, since the copies that it saves outlast two all-to-alls,
+and from which on two GPUs are a ring or gather (`choose`)."""
 
 
 class Form(NamedTuple):
@@ -63,10 +64,10 @@ def choose(heads: int, keys: int, ways: int, exchange: str, *, joint: bool = Fal
 
     Args:
         exchange: "auto": for long sequences (`LONG`) on two GPUs a ring if they are one host's, gathered if not, or if
-            the sequence is `joint` (has several parts); else Ulysses over the largest divisor of `ways`
-            that divides the heads, and a ring over what is left. "ulysses": over all; heads of zeros are
-            added where `ways` does not divide them. "ring", "gather": over all. "ulysses_ring": Ulysses and a ring as
-            of "auto", with more than one device in either.
+            the sequence is `joint` (has several parts); else Ulysses over the largest divisor of `ways` that divides
+            the heads, and a ring over what is left. "ulysses": over all; heads of zeros are added where `ways` does not
+            divide them. "ring", "gather": over all. "ulysses_ring": Ulysses and a ring as of "auto", with more than one
+            device in either.
 
     Raises:
         ValueError: "ulysses_ring" where no divisor of `ways`, neither 1 nor all, divides the heads.
