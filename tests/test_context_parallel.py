@@ -13,6 +13,7 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from test_attention import formula
 
 from jdit.nn import attention_lse, context_parallel, layers
@@ -87,6 +88,17 @@ def test_what_two_gpus_gather(joint, processes, monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: processes)
     with compiling_for(Target("gpu")):
         assert choose(40, 32760, 2, "auto", joint=joint) == Form(1, 2, 40, True)
+
+
+@pytest.mark.parametrize("counted", [False, True])
+def test_a_ring_on_two_gpus_is_of_keys_that_are_not_counted(counted, monkeypatch):
+    monkeypatch.setattr("jdit.nn.exchange.LONG", 13)
+    q, k, v = draw(14, 13, 13, 13, heads=2)
+    counts = jnp.arange(1.0, 14.0) if counted else None
+    call = lambda *a: attend(*a, rules=Rules(), key_counts=counts)
+    with compiling_for(Target("gpu")), jax.set_mesh(make_mesh(sequence=2, data=4)):
+        sent = str(jax.make_jaxpr(call)(q, k, v))
+    assert ("ppermute" in sent) == (not counted) and "all_to_all" not in sent
 
 
 def test_what_cannot_be_had():
@@ -260,12 +272,12 @@ def test_ring_in_bfloat16_is_as_exact_as_plain_attention():
 @pytest.fixture
 def as_cudnn(monkeypatch):
     """There is no GPU in the tests: what reaches cuDNN is run by jax.nn's plain implementation. The shapes seen."""
-    seen, real = [], inspect.signature(attention_lse.cudnn.dot_product_attention)
+    seen, real = [], inspect.signature(cudnn.dot_product_attention)
 
     def fused(*args, **kw):
         given = real.bind(*args, **kw).arguments
         q, k, v, queries, keys = (given[name] for name in ("query", "key", "value", "q_seqlen", "kv_seqlen"))
-        assert given["mask_type"] == attention_lse.cudnn.MaskType.PADDING and given["return_residual"]
+        assert given["mask_type"] == cudnn.MaskType.PADDING and given["return_residual"]
         seen.append((q.shape, k.shape))
         out, lse = jax.nn.dot_product_attention(
             *(a.astype(jnp.float32) for a in (q, k, v)), scale=given["scale"], query_seq_lengths=queries,
@@ -273,7 +285,7 @@ def as_cudnn(monkeypatch):
         )  # fmt: skip
         return out.astype(q.dtype), lse.swapaxes(1, 2)
 
-    monkeypatch.setattr(attention_lse.cudnn, "dot_product_attention", fused)
+    monkeypatch.setattr(cudnn, "dot_product_attention", fused)
     with compiling_for(Target("gpu")):
         yield seen
 

@@ -121,7 +121,7 @@ BACKENDS: dict[str, Callable] = {"cudnn": _cudnn, "splash": splash, "xla": _xla,
 
 
 @functools.lru_cache(maxsize=64)
-def _log_choice(name: str, q_shape, k_shape, dtype):
+def log_choice(name: str, q_shape, k_shape, dtype):
     log.info("attention: %s for queries %s, keys %s, %s", name, q_shape, k_shape, dtype)
 
 
@@ -160,7 +160,7 @@ def attention(
         except NotImplementedError as e:
             reasons.append(f"{name}: {e}")
             continue
-        _log_choice(name, q.shape, k.shape, str(q.dtype))
+        log_choice(name, q.shape, k.shape, str(q.dtype))
         return out[..., :head_dim]
     raise NotImplementedError(f"no attention backend takes queries {q.shape} {q.dtype}: " + "; ".join(reasons))
 

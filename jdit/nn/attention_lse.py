@@ -5,15 +5,12 @@ compute dtype: in bfloat16 its steps between 8 and 16 are 1/16, which is 3% in t
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from jaxtyping import Array, Float, Int
 
-from jdit.nn.attention import for_cudnn
+from jdit.nn.attention import for_cudnn, log_choice
 
 CHUNK = 1024
 """Query rows whose scores are in memory at once."""
@@ -30,10 +27,11 @@ def attention_to_first(
     """`attention_with_lse` to the first `seen` keys, which may be none: by cuDNN where it takes them. Its gradients are
     those of plain XLA, since cuDNN's know nothing of the log-sum-exp's."""
     try:
-        for_cudnn(q, k, v, seen)
+        name, out = "cudnn", _cudnn(q, k, v, seen)
     except NotImplementedError:
-        return _plain_to_first(q, k, v, seen)
-    return _cudnn(q, k, v, seen)
+        name, out = "xla", _plain_to_first(q, k, v, seen)
+    log_choice(f"{name} with log-sum-exps", q.shape, k.shape, str(q.dtype))
+    return out
 
 
 def _plain_to_first(q, k, v, seen) -> Partial:
@@ -44,10 +42,13 @@ def _plain_to_first(q, k, v, seen) -> Partial:
 def _cudnn(q, k, v, seen) -> Partial:
     """Through a function that is JAX's own, because the public one rounds the log-sum-exp to the outputs' dtype."""
     n, scale = q.shape[1], q.shape[-1] ** -0.5
-    dot_product_attention: Callable[..., Any] = cudnn.dot_product_attention  # its annotations say less than it gives
     q, k, v, queries, keys = for_cudnn(q, k, v, jnp.maximum(seen, 1))
-    out, lse = dot_product_attention(
-        q, k, v, None, None, queries, keys, scale=scale, mask_type=cudnn.MaskType.PADDING, return_residual=True
+    # here, so that with a JAX that has moved it rings on GPUs fail and nothing else does
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    given = q, k, v, None, None, queries, keys
+    out, lse = cudnn.dot_product_attention(  # pyright: ignore (its annotations say less than it gives)
+        *given, scale=scale, mask_type=cudnn.MaskType.PADDING, return_residual=True
     )
     lse = jnp.where((seen > 0)[:, None, None], lse.swapaxes(1, 2)[:, :n], MASKED)
     return out[:, :n].astype(jnp.float32), lse

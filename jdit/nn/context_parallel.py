@@ -90,7 +90,7 @@ def attend_parts(
         out = split(attend_whole(q, k, v, rules=rules, kv_lengths=kv_lengths, key_counts=key_counts), sizes[0])
         return [padded(o, part[0].shape[1]) for o, part in zip(out, parts)]
     ways, tensor, heads = rules.ways("seq"), rules.ways("heads"), q.shape[2]
-    form = _form(heads, sum(sizes[1]), rules, len(parts) > 1)
+    form = _form(heads, sum(sizes[1]), rules, len(parts) > 1 or key_counts is not None)
     _log_choice(str(form), ways, sizes[0], sizes[1], heads, form.heads * tensor - heads)
     spread, head, batch = _specs(q.shape[0], rules)
     keys, slices = (P(*batch, None, head, None), 1) if form.gathered else (spread, ways)

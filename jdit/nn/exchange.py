@@ -64,10 +64,10 @@ def choose(heads: int, keys: int, ways: int, exchange: str, *, joint: bool = Fal
 
     Args:
         exchange: "auto": for long sequences (`LONG`) on two GPUs a ring if they are one host's, gathered if not, or if
-            the sequence is `joint` (has several parts); else Ulysses over the largest divisor of `ways` that divides
-            the heads, and a ring over what is left. "ulysses": over all; heads of zeros are added where `ways` does not
-            divide them. "ring", "gather": over all. "ulysses_ring": Ulysses and a ring as of "auto", with more than one
-            device in either.
+            `joint`; else Ulysses over the largest divisor of `ways` that divides the heads, and a ring over what is
+            left. "ulysses": over all; heads of zeros are added where `ways` does not divide them. "ring", "gather":
+            over all. "ulysses_ring": Ulysses and a ring as of "auto", with more than one device in either.
+        joint: the sequence has several parts, or its keys are counted, for which a ring does not have cuDNN.
 
     Raises:
         ValueError: "ulysses_ring" where no divisor of `ways`, neither 1 nor all, divides the heads.
