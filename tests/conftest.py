@@ -41,3 +41,38 @@ def programs_are_let_go():
     if MAPS.exists() and "jax" in sys.modules and MAPS.read_bytes().count(b"\n") > MOST:
         sys.modules["jax"].clear_caches()
         gc.collect()
+
+
+@pytest.fixture
+def as_cudnn(monkeypatch):
+    """What reaches cuDNN, as on a GPU, is run by jax.nn's plain implementation; whether there was a mask, and the
+    shapes of queries and keys, of each call."""
+    import inspect
+
+    import jax
+    import jax.numpy as jnp
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    from jdit.target import Target, compiling_for
+
+    calls, real, plain = [], inspect.signature(cudnn.dot_product_attention), jax.nn.dot_product_attention
+
+    def with_sums(*args, **kw):
+        given = real.bind(*args, **kw).arguments
+        q, k, v = (given[name] for name in ("query", "key", "value"))
+        assert given["mask_type"] == cudnn.MaskType.NO_MASK and given["return_residual"]
+        assert all(given[name] is None for name in ("q_seqlen", "kv_seqlen"))
+        calls.append((False, q.shape, k.shape))
+        wide = (a.astype(jnp.float32) for a in (q, k, v))
+        out, lse = plain(*wide, scale=given["scale"], return_residual=True)
+        return out.astype(q.dtype), lse.swapaxes(1, 2)
+
+    def public(q, k, v, *, implementation, **kw):
+        masked = any(kw.get(name) is not None for name in ("query_seq_lengths", "key_value_seq_lengths"))
+        calls.append((masked or kw.get("is_causal", False) or k.shape[1] % 128 > 0, q.shape, k.shape))
+        return plain(q, k, v, **kw)
+
+    monkeypatch.setattr(cudnn, "dot_product_attention", with_sums)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", public)
+    with compiling_for(Target("gpu")):
+        yield calls

@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
+from jdit.nn.attention_cudnn import Lengths, cudnn
 from jdit.nn.splash import splash
-from jdit.target import target
 
 log = logging.getLogger("jdit")
 
@@ -22,8 +22,6 @@ CHUNK = 1024
 """Query rows a chunk of the chunked backend: bounds its score matrix to CHUNK x S."""
 DENSE_LIMIT = 2048
 """Longest query for which the dense S x S backend is taken."""
-
-Lengths = Int[Array, "B"] | None
 
 
 def _dense(q, k, v, lengths: Lengths, causal: bool, start=0):
@@ -56,68 +54,7 @@ def _chunked(q, k, v, lengths: Lengths, causal: bool):
     return out.swapaxes(0, 1).reshape(b, chunks * CHUNK, h, v.shape[-1])[:, :n]
 
 
-def _pad_tokens(x, multiple: int):
-    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % multiple), (0, 0), (0, 0)))
-
-
-def for_cudnn(q, k, v, lengths: Lengths):
-    """What cuDNN's flash attention is given: q, k, v, and how many of the queries and of the keys there are, or None.
-
-    Above head dim 64, tokens are padded to a multiple of 128 and cut by lengths: 9% faster at 32,760 tokens of 128 on
-    an H100. At 64 it is 3% slower (4,429 tokens on an H200: 0.634 against 0.617 ms), and padding costs besides.
-
-    Raises:
-        NotImplementedError: what it is not for, or does not take.
-    """
-    if target().platform != "gpu":
-        raise NotImplementedError("cuDNN attention needs an NVIDIA GPU")
-    if q.dtype not in (jnp.bfloat16, jnp.float16):
-        raise NotImplementedError(f"cuDNN attention takes bfloat16 and float16, not {q.dtype}")
-    if q.shape[-1] % 8 or q.shape[-1] > 128:
-        raise NotImplementedError(
-            f"cuDNN attention takes head dims that are multiples of 8 up to 128, not {q.shape[-1]}"
-        )
-    b, n, s = q.shape[0], q.shape[1], k.shape[1]
-    if max(n, s) < 128:
-        raise NotImplementedError(f"below 128 tokens ({n} x {s}) plain products are as fast")
-    if q.shape[-1] > 64:
-        if lengths is None and s % 128:
-            lengths = jnp.full((b,), s, jnp.int32)
-        q, k, v = (_pad_tokens(x, 128) for x in (q, k, v))
-    q_lengths = None if lengths is None else jnp.full((b,), n, jnp.int32)
-    return q, k, v, q_lengths, lengths
-
-
-def _cudnn(q, k, v, lengths: Lengths, causal: bool):
-    """cuDNN flash attention."""
-    return _fused(*for_cudnn(q, k, v, lengths), causal)[:, : q.shape[1]]
-
-
-def _flash(q, k, v, q_lengths: Lengths, lengths: Lengths, causal: bool):
-    return jax.nn.dot_product_attention(
-        q, k, v, implementation="cudnn", query_seq_lengths=q_lengths, key_value_seq_lengths=lengths, is_causal=causal
-    )
-
-
-def _flash_forward(q, k, v, q_lengths: Lengths, lengths: Lengths, causal: bool):
-    """JAX differentiates cuDNN's attention for even numbers of tokens only; without a gradient, padding is a waste."""
-    b, n, s = q.shape[0], q.shape[1], k.shape[1]
-    if n % 2 or s % 2:
-        q_lengths, lengths = (jnp.full((b,), m, jnp.int32) if of is None else of
-                              for m, of in ((n, q_lengths), (s, lengths)))  # fmt: skip
-
-    def even(q, k, v):
-        q, k, v = (_pad_tokens(x, 2) for x in (q, k, v))
-        return _flash(q, k, v, q_lengths, lengths, causal)[:, :n]
-
-    return jax.vjp(even, q, k, v)
-
-
-_fused = jax.custom_vjp(_flash, nondiff_argnums=(5,))
-_fused.defvjp(_flash_forward, lambda causal, vjp, g: (*vjp(g), None, None))
-
-
-BACKENDS: dict[str, Callable] = {"cudnn": _cudnn, "splash": splash, "xla": _xla, "chunked": _chunked}
+BACKENDS: dict[str, Callable] = {"cudnn": cudnn, "splash": splash, "xla": _xla, "chunked": _chunked}
 
 
 @functools.lru_cache(maxsize=64)

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jdit.nn.attention import for_cudnn, log_choice
+from jdit.nn.attention import log_choice
+from jdit.nn.attention_cudnn import Keys, Queries, attention_to_filled, check, filled
 
 CHUNK = 1024
 """Query rows whose scores are in memory at once."""
@@ -21,12 +22,21 @@ weight 0."""
 Partial = tuple[Float[Array, "B N H K"], Float[Array, "B N H"]]
 
 
-def attention_to_first(
-    q: Float[Array, "B N H K"], k: Float[Array, "B S H K"], v: Float[Array, "B S H K"], seen: Int[Array, "B"]
-) -> Partial:
-    """`attention_with_lse` to the first `seen` keys, which may be none: by cuDNN where it takes them. Its gradients are
-    those of plain XLA, since cuDNN's know nothing of the log-sum-exp's."""
+def fill(q: Queries, k: Keys, v: Keys, seen: Int[Array, "B"], most: int | None = None) -> tuple[Queries, Keys, Keys]:
+    """What `attention_to_first` takes, of queries and the first `seen` keys; once where keys are made, not by all who
+    get them. `most` as of `filled`."""
     try:
+        check(q, k)
+    except NotImplementedError:
+        return q, k, v
+    return filled(q, k, v, seen, most)
+
+
+def attention_to_first(q: Queries, k: Keys, v: Keys, seen: Int[Array, "B"]) -> Partial:
+    """`attention_with_lse` to the first `seen` keys, which may be none, of those that `fill` gave: by cuDNN where it
+    takes them. Its gradients are those of plain XLA, since cuDNN's know nothing of the log-sum-exp's."""
+    try:
+        check(q, k)
         name, out = "cudnn", _cudnn(q, k, v, seen)
     except NotImplementedError:
         name, out = "xla", _plain_to_first(q, k, v, seen)
@@ -40,18 +50,8 @@ def _plain_to_first(q, k, v, seen) -> Partial:
 
 @jax.custom_vjp
 def _cudnn(q, k, v, seen) -> Partial:
-    """Through a function that is JAX's own, because the public one rounds the log-sum-exp to the outputs' dtype."""
-    n, scale = q.shape[1], q.shape[-1] ** -0.5
-    q, k, v, queries, keys = for_cudnn(q, k, v, jnp.maximum(seen, 1))
-    # here, so that with a JAX that has moved it rings on GPUs fail and nothing else does
-    from jax._src.cudnn import fused_attention_stablehlo as cudnn
-
-    given = q, k, v, None, None, queries, keys
-    out, lse = cudnn.dot_product_attention(  # pyright: ignore (its annotations say less than it gives)
-        *given, scale=scale, mask_type=cudnn.MaskType.PADDING, return_residual=True
-    )
-    lse = jnp.where((seen > 0)[:, None, None], lse.swapaxes(1, 2)[:, :n], MASKED)
-    return out[:, :n].astype(jnp.float32), lse
+    out, lse = attention_to_filled(q, k, v, seen)
+    return out, jnp.where((seen > 0)[:, None, None], lse, MASKED)
 
 
 def _cudnn_forward(q, k, v, seen):

@@ -23,10 +23,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from jdit.nn.attention import Lengths, attention
-from jdit.nn.attention_lse import MASKED, Partial, attention_to_first, attention_with_lse, merge
+from jdit.nn.attention_lse import MASKED, Partial, attention_to_first, attention_with_lse, fill, merge
 from jdit.nn.layers import marked
 from jdit.target import target
 
@@ -168,12 +168,18 @@ def _ring(
     ways, u, group = form.ulysses * form.ring, form.ulysses, jax.lax.axis_index(axes) // form.ulysses
     starts = [sum(keys[:i]) for i in range(len(keys))]
 
+    simple = len(keys) == 1 and counts is None
+
+    def prefix(step: int) -> Int[Array, "B"]:
+        """How many of the keys of one part that are here after so many steps are seen."""
+        ends = jnp.full(k.shape[0], keys[0], jnp.int32) if lengths is None else jnp.minimum(lengths, keys[0])
+        return jnp.clip(ends - (group - step) % form.ring * held[0], 0, held[0]).astype(jnp.int32)
+
     def attended(step: int, k: Tokens, v: Tokens) -> Partial:
         """To the keys that are here after so many steps. Which they are follows from the group that they come from."""
+        if simple:
+            return attention_to_first(q, k, v, prefix(step))
         first = (group - step) % form.ring
-        if len(keys) == 1 and counts is None:
-            ends = jnp.full(k.shape[0], keys[0], jnp.int32) if lengths is None else jnp.minimum(lengths, keys[0])
-            return attention_to_first(q, k, v, jnp.clip(ends - first * held[0], 0, held[0]).astype(jnp.int32))
         within = [first * n + jnp.arange(n) for n in held]
         seen: Bool[Array, "#B S"] = jnp.concatenate([at < n for at, n in zip(within, keys)])[None]
         place = jnp.concatenate([jnp.minimum(at, n - 1) + start for at, n, start in zip(within, keys, starts)])
@@ -183,6 +189,9 @@ def _ring(
         return attention_with_lse(q, k, v, jnp.where(seen, weights, MASKED))
 
     turn = lambda a: jax.lax.ppermute(a, axes, [(i, (i + u) % ways) for i in range(ways)])
+    if simple:
+        most = min(held[0], form.ring * held[0] - keys[0]) if lengths is None else None
+        q, k, v = fill(q, k, v, prefix(0), most)
     out = attended(0, k, v)
     for step in range(1, form.ring):
         k, v = turn(k), turn(v)
