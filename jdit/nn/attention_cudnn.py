@@ -64,12 +64,14 @@ def filled(q: Queries, k: Keys, v: Keys, seen: Int[Array, "B"], most: int | None
     with values of zero. `most`: how many are not seen at most, where that is known; all others then stay in place."""
     first, start = k[:, :1], 0 if most is None else k.shape[1] - most
     k, v = (_pad_tokens(a, TILE) for a in (k, v))
-    if start:  # XLA writes the end in place, behind a barrier; else it makes a slower kernel of everything
-        k, v, first = jax.lax.optimization_barrier((k, v, first))
     real = (jnp.arange(start, k.shape[1]) < seen[:, None])[..., None, None]
-    end = lambda a, fill: jax.lax.dynamic_update_slice_in_dim(a, jnp.where(real, a[:, start:], fill), start, 1)
-    if start < k.shape[1]:
-        k, v = end(k, first), v if most == 0 else end(v, 0)
+    if start == 0:
+        k, v = jnp.where(real, k, first), jnp.where(real, v, 0)
+    elif start < k.shape[1]:
+        # XLA writes the ends in place if it finds them apart from the rest; else its kernels go through everything
+        k, v, *ends, first = jax.lax.optimization_barrier((k, v, k[:, start:], v[:, start:], first))
+        ends = [jnp.where(real, end, fill) for end, fill in zip(ends, (first, 0))]
+        k, v = (jax.lax.dynamic_update_slice_in_dim(a, end, start, 1) for a, end in zip((k, v), ends))
     # the kernel that makes the queries would sum their scores too, ten times as slow, and an early look at the first
     # key would have all keys copied
     return jax.lax.optimization_barrier((q, k, v))
