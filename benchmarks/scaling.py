@@ -49,13 +49,13 @@ class Chip(NamedTuple):
 CUBES = {2: (2,), 4: (2, 2), 8: (2, 2, 2), 16: (2, 2, 4), 32: (2, 4, 4), 64: (4, 4, 4)}
 SQUARES = {2: (2,), 4: (2, 2), 8: (2, 4), 16: (4, 4), 32: (4, 8), 64: (8, 8)}
 CHIPS = {
-    "H100": Chip(640e12, 572e12, 400e12, 3.0e12, 80e9, 250e9, 50e9 * 0.8, 8, 20e-6),
+    "H100": Chip(640e12, 620e12, 440e12, 3.0e12, 80e9, 250e9, 50e9 * 0.8, 8, 20e-6),
     "v5p": Chip(0.65 * 459e12, 0.5 * 459e12, 0.25 * 459e12, 2.8e12, 95e9, 9e10, 9e10, 0, 5e-6, CUBES, 4),
     "v6e": Chip(0.6 * 918e12, 0.4 * 918e12, 0.2 * 918e12, 1.6e12, 32e9, 9e10, 9e10, 0, 5e-6, SQUARES, 16),
 }
 SOURCES = """
 - H100: products, attention and memory as measured in steps and alone (benchmarks/wan_h200.md, sd3_h200.md,
-  cogvideox_h100.md; 572 TFLOP/s of cuDNN at head dim 128, 400 at 64). NVLink 4: 250 GB/s each
+  NOTES.md; 620 TFLOP/s of cuDNN at head dim 128, 440 at 64). NVLink 4: 250 GB/s each
   way, as measured in an all-to-all of 503 MB between two (the data sheet has 450); between hosts of 8 a 400 Gbit/s
   InfiniBand port a GPU (DGX H100 data sheet), of which 80% is taken.
 - v5p, v6e: peaks, memory and one-way link rates of the scaling book (jax-ml.github.io/scaling-book/tpus); shares of
@@ -75,8 +75,8 @@ CASES = {
 SPREAD = ("Wan 14B 480p", "Wan 14B 480p guided", "HunyuanVideo 544p", "HunyuanVideo 720p", "Qwen-Image guided")
 """Whose weights are over half of a v6e's memory: on it they are spread over all chips (FSDP)."""
 MEASURED = {
-    "Wan 1.3B 480p": (0.5054, 0.2665), "Wan 14B 480p": (2.6769, 1.4204), "HunyuanVideo 544p": (7.353, 3.837),
-    "SD3.5-large guided": (0.1267, 0.0650), "Qwen-Image guided": (0.4682, 0.2449),
+    "Wan 1.3B 480p": (0.4810, 0.2550), "Wan 14B 480p": (2.5764, 1.3652), "HunyuanVideo 544p": (7.009, 3.649),
+    "SD3.5-large guided": (0.1297, 0.0659), "Qwen-Image guided": (0.4633, 0.2428),
 }  # fmt: skip
 """Seconds of a step on one H100 and on two (benchmarks/mesh.md)."""
 

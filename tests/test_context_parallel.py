@@ -303,6 +303,13 @@ def test_a_ring_of_cudnn(sizes, lengths, as_cudnn):
     assert len(as_cudnn) == sizes["sequence"] and relative(got, want) < 1e-2
 
 
+def test_a_ring_of_cudnn_with_devices_that_have_padding_alone(as_cudnn):
+    q, k, v = draw(13, 1024, 1024, 1024, heads=2, dtype=jnp.bfloat16)
+    want = attention(q[:, :600], k[:, :600], v[:, :600], implementation="xla")
+    got = run(dict(sequence=8), lambda *a: attend(*a, rules=Rules(exchange="ring"), tokens=600), q, k, v)
+    assert len(as_cudnn) == 8 and relative(got[:, :600], flat(want)) < 1e-2
+
+
 @pytest.mark.parametrize("chunk", [4, 1024])
 def test_log_sum_exp(chunk, monkeypatch):
     monkeypatch.setattr(attention_lse, "CHUNK", chunk)
