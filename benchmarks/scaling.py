@@ -76,7 +76,7 @@ SPREAD = ("Wan 14B 480p", "Wan 14B 480p guided", "HunyuanVideo 544p", "HunyuanVi
 """Whose weights are over half of a v6e's memory: on it they are spread over all chips (FSDP)."""
 MEASURED = {
     "Wan 1.3B 480p": (0.4810, 0.2550), "Wan 14B 480p": (2.5764, 1.3652), "HunyuanVideo 544p": (7.009, 3.649),
-    "SD3.5-large guided": (0.1297, 0.0659), "Qwen-Image guided": (0.4633, 0.2428),
+    "SD3.5-large guided": (0.1267, 0.0650), "Qwen-Image guided": (0.4633, 0.2428),
 }  # fmt: skip
 """Seconds of a step on one H100 and on two (benchmarks/mesh.md)."""
 

@@ -18,7 +18,7 @@ def relative(got, want):
 
 @pytest.fixture
 def few(monkeypatch):
-    monkeypatch.setattr(module, "FILL_FROM", 128)
+    monkeypatch.setattr(module, "FILL_FROM", 64)
 
 
 @pytest.mark.parametrize("d", [16, 128])
@@ -34,12 +34,16 @@ def test_long_sequences_have_no_mask(few, as_cudnn, d, lengths):
 
 
 def test_a_mask_stays_where_it_costs_less(few, as_cudnn):
-    """Few queries or keys, a query that sees no later key; and none is needed for whole tiles of keys."""
+    """Few queries or keys, more where heads are small, a query that sees no later key; and none is needed for whole
+    tiles of keys."""
     q, k, v = (a.astype(jnp.bfloat16) for a in draw(131, 131, d=128))
-    attention(q[:, :127], k, v, implementation="cudnn")
-    attention(q, k[:, :127], v[:, :127], implementation="cudnn")
+    small = [a[:, :127, :, :64] for a in (q, k, v)]
+    attention(q[:, :63], k, v, implementation="cudnn")
+    attention(q, k[:, :63], v[:, :63], implementation="cudnn")
     attention(q, k, v, causal=True, implementation="cudnn")
-    assert [masked for masked, *_ in as_cudnn] == [True] * 3
+    attention(q[..., :64], *small[1:], implementation="cudnn")
+    attention(small[0], k[..., :64], v[..., :64], implementation="cudnn")
+    assert [masked for masked, *_ in as_cudnn] == [True] * 5
     as_cudnn.clear()
     attention(q, k[:, :128], v[:, :128], implementation="cudnn")
     assert as_cudnn == [(False, (2, 131, 2, 128), (2, 128, 2, 128))]
