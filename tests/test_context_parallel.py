@@ -13,6 +13,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_attention import formula
+from util_random import error
 
 from jdit.nn import attention_lse, context_parallel, layers
 from jdit.nn.attention import attention
@@ -38,11 +39,6 @@ def flat(a):
 def run(sizes, fn, *args):
     with jax.set_mesh(make_mesh(**sizes)):
         return jax.block_until_ready(jax.jit(fn)(*args))
-
-
-def relative(got, want):
-    got, want = (np.asarray(a, np.float64) for a in (got, want))
-    return float(np.linalg.norm(got - want) / np.linalg.norm(want))
 
 
 @pytest.mark.parametrize(
@@ -144,7 +140,7 @@ def test_parts_of_odd_lengths(sizes, heads, queries, exchange, said, caplog):
             sizes, lambda p, n, c: attend_parts(p, rules=rules, kv_lengths=n, key_counts=c), parts, LENGTHS, COUNTS
         )  # fmt: skip
     assert [g.shape[1] for g in got] == [IMAGE, queries]
-    assert relative(jnp.concatenate(got, 1), want) < 1e-5
+    assert error(jnp.concatenate(got, 1), want) < 1e-5
     said_all = [r.message for r in caplog.records if "devices" in r.message]
     assert len(said_all) == 1 and re.search(said, said_all[0])
 
@@ -177,7 +173,7 @@ def test_parts_of_a_long_sequence(heads, queries, monkeypatch):
     monkeypatch.setattr("jdit.nn.exchange.LONG", IMAGE)
     got = run(dict(sequence=8), call, parts, LENGTHS, COUNTS)
     assert [g.shape[1] for g in got] == [IMAGE, queries]
-    assert relative(jnp.concatenate(got, 1), want) < 1e-5
+    assert error(jnp.concatenate(got, 1), want) < 1e-5
     with jax.set_mesh(make_mesh(sequence=8)):
         waits = lambda: str(jax.make_jaxpr(lambda *a: call(*a))(parts, LENGTHS, COUNTS)).count("optimization_barrier")
         assert waits() == 3
@@ -217,7 +213,7 @@ def test_keys_that_are_whole(sizes, tokens):
     lengths, counts = jnp.array([5, 9]), jnp.ones(9).at[2].set(3.0)
     call = lambda *a: attend(*a[:3], rules=Rules(), whole_keys=True, kv_lengths=a[3], key_counts=a[4])
     want = flat(attention(q, k, v, kv_lengths=lengths, key_counts=counts))
-    assert relative(run(sizes, call, q, k, v, lengths, counts), want) < 1e-5
+    assert error(run(sizes, call, q, k, v, lengths, counts), want) < 1e-5
 
 
 @pytest.mark.parametrize("sizes", SPREAD, ids=["sequence8", "2x2x2"])
@@ -227,15 +223,15 @@ def test_frames_that_end_within_a_slice(sizes, frames, tokens):
     k, v = (jax.random.normal(jax.random.key(i), (2, frames, 4, 6, 8)) for i in (5, 6))
     want = [formula(q[:, f * tokens : (f + 1) * tokens], k[:, f], v[:, f]) for f in range(frames)]
     call = lambda *a: attend_frames(*a, rules=Rules())
-    assert relative(run(sizes, call, q, k, v), flat(np.concatenate(want, 1))) < 1e-5
-    assert relative(call(q, k, v), flat(np.concatenate(want, 1))) < 1e-5
+    assert error(run(sizes, call, q, k, v), flat(np.concatenate(want, 1))) < 1e-5
+    assert error(call(q, k, v), flat(np.concatenate(want, 1))) < 1e-5
 
 
 @pytest.mark.parametrize("sizes", SPREAD, ids=["sequence8", "2x2x2"])
 def test_causal_sequences_stay_whole(sizes):
     q, k, v = draw(7, 11, 11, 11, heads=8)
     got = run(sizes, lambda *a: attend_whole(*a, rules=Rules(), causal=True), q, k, v)
-    assert relative(got, flat(formula(q, k, v, causal=True))) < 1e-5
+    assert error(got, flat(formula(q, k, v, causal=True))) < 1e-5
 
 
 @pytest.mark.parametrize("sizes, heads", [(dict(sequence=8), 6), (dict(data=2, sequence=2, tensor=2), 4)])
@@ -256,14 +252,14 @@ def test_gradients(sizes, heads):
     across = lambda *a: attend(*a, rules=rules, whole_keys=True)
     got = run(sizes, jax.grad(functools.partial(loss, seen=seen, across=across), (0, 1)), parts, text)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(jax.jit(alone)(parts, text)), strict=True):
-        assert relative(a, b) < 1e-5
+        assert error(a, b) < 1e-5
 
 
 def test_ring_in_bfloat16_is_as_exact_as_plain_attention():
     q, k, v = draw(9, 40, 40, 40, heads=3, d=32, dtype=jnp.bfloat16)
     want = flat(formula(q, k, v))
-    plain = relative(flat(attention(q, k, v)), want)
-    ring = relative(run(dict(sequence=8), lambda *a: attend(*a, rules=Rules(exchange="ring")), q, k, v), want)
+    plain = error(flat(attention(q, k, v)), want)
+    ring = error(run(dict(sequence=8), lambda *a: attend(*a, rules=Rules(exchange="ring")), q, k, v), want)
     assert 0 < ring <= 1.2 * plain < 1e-2
 
 
@@ -286,9 +282,9 @@ def test_cudnn_attends_to_the_first_keys(d, as_cudnn):
     assert as_cudnn == [(False, (2, 133, 2, d), (2, 256, 2, d))]
     (_, (want, sums)), wanted = results(attention_lse._plain_to_first)
     assert out.dtype == lse.dtype == jnp.float32 and (lse[1] == MASKED).all() and np.isfinite(out).all()
-    assert relative(out[0], want[0]) < 1e-2 and relative(lse[0], sums[0]) < 1e-6
+    assert error(out[0], want[0]) < 1e-2 and error(lse[0], sums[0]) < 1e-6
     for a, b in zip(gradients, wanted, strict=True):
-        assert relative(a[0], b[0]) < 1e-2 and not np.asarray(a[1], np.float32).any()
+        assert error(a[0], b[0]) < 1e-2 and not np.asarray(a[1], np.float32).any()
 
 
 @pytest.mark.parametrize("sizes", [dict(sequence=8), dict(data=2, sequence=4)], ids=["sequence8", "2x4"])
@@ -300,14 +296,14 @@ def test_a_ring_of_cudnn(sizes, lengths, as_cudnn):
     call = lambda *a: attend(*a, rules=Rules(exchange="ring"), kv_lengths=kv_lengths)
     want = flat(attention(q, k, v, kv_lengths=kv_lengths, implementation="xla"))
     got = run(sizes, call, q, k, v)
-    assert len(as_cudnn) == sizes["sequence"] and relative(got, want) < 1e-2
+    assert len(as_cudnn) == sizes["sequence"] and error(got, want) < 1e-2
 
 
 def test_a_ring_of_cudnn_with_devices_that_have_padding_alone(as_cudnn):
     q, k, v = draw(13, 1024, 1024, 1024, heads=2, dtype=jnp.bfloat16)
     want = attention(q[:, :600], k[:, :600], v[:, :600], implementation="xla")
     got = run(dict(sequence=8), lambda *a: attend(*a, rules=Rules(exchange="ring"), tokens=600), q, k, v)
-    assert len(as_cudnn) == 8 and relative(got[:, :600], flat(want)) < 1e-2
+    assert len(as_cudnn) == 8 and error(got[:, :600], flat(want)) < 1e-2
 
 
 @pytest.mark.parametrize("chunk", [4, 1024])
@@ -375,4 +371,4 @@ def test_the_axis_may_have_another_name_and_be_several():
     q, k, v = draw(12, 13, 13, 13, heads=6)
     rules = dataclasses.replace(Rules(), batch=None, seq=("data", "sequence"), attn="tensor")
     got = run(dict(data=2, sequence=2, tensor=1), lambda *a: attend(*a, rules=rules), q, k, v)
-    assert relative(got, flat(formula(q, k, v))) < 1e-5
+    assert error(got, flat(formula(q, k, v))) < 1e-5

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from util_random import error
 
 from jdit import sharding
 from jdit.nn.mmdit import MMDiT, MMDiTConfig
@@ -37,10 +38,6 @@ def place(make, values, mesh, rules):
     return sharding.assemble(make, {p: jax.device_put(v, leaves[p].sharding) for p, v in values.items()})
 
 
-def relative(a, b):
-    return float(np.linalg.norm(np.asarray(a) - np.asarray(b)) / np.linalg.norm(np.asarray(b)))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("rules", [Rules(), FSDP], ids=["plain", "fsdp"])
 def test_mmdit_equals_one_device(rules):
@@ -55,7 +52,7 @@ def test_mmdit_equals_one_device(rules):
     mesh, cfg = make_mesh(**MESHES["2x2x2"]), dataclasses.replace(CFG, rules=rules)
     with jax.set_mesh(mesh):
         got = call(place(lambda: MMDiT(cfg, rngs=nnx.Rngs(0)), values, mesh, rules), x, *args)
-    assert relative(got, want) < 1e-5
+    assert error(got, want) < 1e-5
 
 
 @pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES.keys())
@@ -70,7 +67,7 @@ def test_text_encoders_equal_one_device(sizes):
         want = call(sharding.assemble(make, values), ids)
         with jax.set_mesh(mesh):
             got = call(place(make, values, mesh, Rules()), ids)
-        assert max(relative(a, b) for a, b in zip(got, want)) < 1e-5
+        assert max(error(a, b) for a, b in zip(got, want)) < 1e-5
 
 
 def test_parameters_carry_their_axes():

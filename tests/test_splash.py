@@ -4,11 +4,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from jax.experimental.pallas.ops.tpu import splash_attention as library
 from jax.sharding import AbstractMesh
 from test_attention import draw, formula
+from util_random import error
 
 from jdit.nn import splash
 from jdit.nn.attention import attention
@@ -25,11 +25,6 @@ def on_tpu(monkeypatch):
     monkeypatch.setattr(splash, "kernel", lambda *a, blocks, **kw: run(*a, blocks=SMALL, **kw))
     with compiling_for(Target("tpu", "TPU v6 lite")):
         yield
-
-
-def relative(got, want):
-    got, want = (np.asarray(a, np.float64) for a in (got, want))
-    return np.linalg.norm(got - want) / np.linalg.norm(want)
 
 
 # tokens, keys, heads, head dim as in tiny forms of the families
@@ -49,7 +44,7 @@ def test_against_the_formula(case, on_tpu):
     lengths = None if lengths is None else jnp.array(lengths)
     got = attention(q, k, v, kv_lengths=lengths, causal=causal, implementation="splash")
     assert got.shape == q.shape
-    assert relative(got, formula(q, k, v, lengths, causal)) < 1e-5
+    assert error(got, formula(q, k, v, lengths, causal)) < 1e-5
 
 
 def test_counted_keys_make_wide_heads(on_tpu):
@@ -57,7 +52,7 @@ def test_counted_keys_make_wide_heads(on_tpu):
     q, k, v = draw(140, 140, 2, 64)
     counts = jnp.ones(140).at[-1].set(256.0)
     got, want = (attention(q, k, v, key_counts=counts, implementation=name) for name in ("splash", "xla"))
-    assert got.shape == q.shape and relative(got, want) < 1e-5
+    assert got.shape == q.shape and error(got, want) < 1e-5
 
 
 @pytest.mark.parametrize("d", [64, 128])
@@ -65,7 +60,7 @@ def test_bfloat16_is_as_close_as_the_plain_backend(d, on_tpu):
     q, k, v = (a.astype(jnp.bfloat16) for a in draw(200, 200, 2, d))
     want = formula(q, k, v)
     got, plain = (attention(q, k, v, implementation=name) for name in ("splash", "xla"))
-    assert got.dtype == jnp.bfloat16 and relative(got, want) < 1.2 * relative(plain, want)
+    assert got.dtype == jnp.bfloat16 and error(got, want) < 1.2 * error(plain, want)
 
 
 @pytest.mark.slow
@@ -73,7 +68,7 @@ def test_gradients(on_tpu):
     q, k, v = draw(130, 140, 1, 16, 1)
     loss = lambda name: lambda *a: (attention(*a, kv_lengths=jnp.array([133]), implementation=name) ** 2).sum()
     got, want = (jax.grad(loss(name), (0, 1, 2))(q, k, v) for name in ("splash", "xla"))
-    assert all(relative(a, b) < 1e-5 for a, b in zip(got, want))
+    assert all(error(a, b) < 1e-5 for a, b in zip(got, want))
 
 
 @pytest.mark.parametrize("heads", [4, 3])
@@ -84,7 +79,7 @@ def test_on_a_mesh(heads, on_tpu):
     want = call(q, k, v)
     with jax.set_mesh(make_mesh(data=2, sequence=2, tensor=2)):
         got = call(q, k, v)
-    assert relative(got, want) < 1e-6
+    assert error(got, want) < 1e-6
     four = ("sequence", "tensor")
     spread = splash._spread(q.shape, {"data": 2, "sequence": 2, "tensor": 2}, False)
     assert spread == (("data",), *(((), four) if heads == 4 else (four, ())))

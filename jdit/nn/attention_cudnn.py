@@ -6,9 +6,9 @@ cuDNN takes a mask for padding, and a number of keys that is no multiple of `TIL
 7% faster (benchmarks/NOTES.md). So the padding of long sequences is seen, as something whose share of each query's sum
 is known: its keys are copies of the first key, its values zeros (`filled`), and what is left of a sum without it is 1 -
 share, by which the result is divided (`attention_to_filled`). The first key's own share is as large as each copy's: of
-P keys of padding no more than P / (P + 1) is taken away, and what a score is wrong by (1e-6 to 1e-5 in float32) is so
-of the result P + 1 times at most, for a query that sees nothing else. Zeros for keys would have no such bound: a query
-may score far below 0 with every real key.
+P keys of padding no more than P / (P + 1) is taken away, and what a score is wrong by (in float32 1e-6 to 2e-5,
+for scores up to 50) is so of the result P + 1 times at most, for a query that sees nothing else. Zeros for keys would
+have no such bound: a query may score far below 0 with every real key.
 """
 
 import functools
