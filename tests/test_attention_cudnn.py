@@ -10,6 +10,9 @@ from util_random import error
 from jdit.nn import attention_cudnn as module
 from jdit.nn.attention import attention
 from jdit.nn.attention_cudnn import attention_to_filled, filled
+from jdit.nn.context_parallel import attend_parts
+from jdit.sharding import Rules
+from jdit.target import Target, compiling_for
 
 
 @pytest.fixture
@@ -60,7 +63,13 @@ def test_padding_is_taken_out_whatever_the_scores(as_cudnn, offset, most):
         q = q.at[:, row].set(12 * k[:, 100 * row])
     k, q = k.at[..., 0].set(4.0), q.at[..., 0].set(offset)
     seen = np.array([296, 300])
-    out, lse = jax.jit(lambda q, k, v: attention_to_filled(*filled(q, k, v, seen, most), seen))(q, k, v)
+
+    @jax.jit
+    def taken_out(q, k, v):
+        out, left, lse = attention_to_filled(q, *filled([k], [v], seen, most), seen)
+        return out / left[..., None], lse
+
+    out, lse = taken_out(q, k, v)
     scores = np.einsum("bnhk,bshk->bnhs", *(np.asarray(a, np.float64) for a in (q, k))) / 8
     sums = np.stack([np.log(np.exp(row[..., :n]).sum(-1)) for row, n in zip(scores, seen)])
     first = np.exp(scores[..., 0] - sums)
@@ -89,6 +98,35 @@ def test_gradients_are_those_of_the_mask(few, as_cudnn):
     got = jax.jit(gradient("cudnn"))(q, k, v)
     assert as_cudnn and all(masked for masked, *_ in as_cudnn)
     for a, b in zip(got, gradient("xla")(q, k, v), strict=True):
+        assert error(a, b) < 1e-2
+
+
+@pytest.mark.parametrize("lengths", [None, (140, 151)])
+def test_parts_are_written_behind_the_first(few, as_cudnn, lengths):
+    """Padding behind either part, no queries of the last one, and gradients."""
+    keys = jax.random.split(jax.random.key(3), 6)
+    given = [jax.random.normal(key, (2, n, 2, 16), jnp.bfloat16) for key, n in zip(keys, (136, 136, 136, 24, 24, 24))]
+    tokens, kv_lengths = (131, 20), None if lengths is None else jnp.array(lengths)
+
+    def results(q, k, v, q2, k2, v2):
+        parts = [(q, k, v), (q2, k2, v2)]
+        out = attend_parts(parts, rules=Rules(), kv_lengths=kv_lengths, tokens=tokens)
+        none = attend_parts([parts[0], (q2[:, :0], k2, v2)], rules=Rules(), kv_lengths=kv_lengths, tokens=tokens)
+        return *out, none[0]
+
+    want = [np.concatenate([np.asarray(a[:, :n], np.float64) for a, n in zip((given[i], given[3 + i]), tokens)], 1)
+            for i in range(3)]  # fmt: skip
+    want = formula(*want, lengths)
+    got = jax.jit(results)(*given)
+    assert as_cudnn == [(False, (2, 256, 2, 16), (2, 256, 2, 16))] * 2
+    for out, part in zip(got, (want[:, :131], want[:, 131:], want[:, :131])):
+        assert error(out[:, : part.shape[1]], part.reshape(*part.shape[:2], -1)) < 1e-2
+    assert [a.shape[1] for a in got] == [136, 24, 136] and not np.asarray(got[0][:, 131:], np.float32).any()
+    loss = lambda *a: sum((out.astype(jnp.float32) ** 2).sum() for out in results(*a))
+    got = jax.jit(jax.grad(loss, range(6)))(*given)
+    with compiling_for(Target("cpu")):
+        wanted = jax.jit(jax.grad(loss, range(6)))(*given)
+    for a, b in zip(got, wanted, strict=True):
         assert error(a, b) < 1e-2
 
 

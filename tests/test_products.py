@@ -48,8 +48,9 @@ def test_some_parts_of_a_product(bias):
         np.testing.assert_allclose(layers.some_parts(fused, x, which, Rules()), fused(x)[:, :, which], rtol=1e-6)
 
 
-def test_statistics_are_apart_from_a_rotation_on_a_gpu():
-    norm, x = layers.RMSNorm(6, eps=1e-6, dtype="float32"), jax.random.normal(jax.random.key(1), (2, 3, 6))
+@pytest.mark.parametrize("kind", [layers.RMSNorm, layers.LayerNorm])
+def test_statistics_are_apart_from_a_rotation_on_a_gpu(kind):
+    norm, x = kind(6, eps=1e-6, dtype="float32"), jax.random.normal(jax.random.key(1), (2, 3, 6)) + 2
 
     def known(rotated):
         call = lambda x: norm(x, rotated=rotated)

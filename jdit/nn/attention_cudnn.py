@@ -12,6 +12,7 @@ have no such bound: a query may score far below 0 with every real key.
 """
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,7 @@ layer in the kernel, and pay more for their padding and for two passes over the 
 Keys = Float[Array, "B S H K"]
 Queries = Float[Array, "B N H K"]
 Lengths = Int[Array, "B"] | None
+Part = tuple[Queries, Keys, Keys]
 
 
 def check(q: Queries, k: Keys):
@@ -54,37 +56,91 @@ def cudnn(q: Queries, k: Keys, v: Keys, lengths: Lengths, causal: bool) -> Queri
     """The backend of `jdit.nn.attention`; `lengths` as its kv_lengths."""
     check(q, k)
     padding = lengths is not None or k.shape[1] % TILE > 0
-    least = FILL_FROM if q.shape[-1] > 64 else 2 * FILL_FROM
-    if padding and not causal and min(q.shape[1], k.shape[1]) >= least:
-        if lengths is None:
-            return _without_mask(q, k, v, jnp.full(q.shape[0], k.shape[1], jnp.int32), 0)
-        return _without_mask(q, k, v, lengths, None)
+    if padding and not causal and _long(q, k):
+        return attention_among_parts([(q, k, v)], lengths)[0]
     return _masked(q, k, v, lengths, causal)
 
 
-def filled(q: Queries, k: Keys, v: Keys, seen: Int[Array, "B"], most: int | None = None) -> tuple[Queries, Keys, Keys]:
-    """What `attention_to_filled` takes: behind the first `seen` keys, and up to a multiple of `TILE`, the first key,
-    with values of zero. `most`: how many are not seen at most, where that is known; all others then stay in place."""
-    first, start = k[:, :1], 0 if most is None else k.shape[1] - most
-    k, v = (_pad_tokens(a, TILE) for a in (k, v))
+def _long(q: Queries, k: Keys) -> bool:
+    return min(q.shape[1], k.shape[1]) >= FILL_FROM * (1 if q.shape[-1] > 64 else 2)
+
+
+def takes_parts(parts: Sequence[Part]) -> bool:
+    """Whether `attention_among_parts` is for these: the first of them is long, and cuDNN takes it."""
+    try:
+        check(*parts[0][:2])
+    except NotImplementedError:
+        return False
+    return _long(*parts[0][:2])
+
+
+def attention_among_parts(parts: Sequence[Part], lengths: Lengths) -> list[Queries]:
+    """Attention among the tokens of all parts of a sequence, the results a part. It is never joined as such: the first
+    part is made where all have room, and the others are written behind it.
+
+    Args:
+        lengths: as kv_lengths of the joined sequence; of several parts all keys of the first are seen.
+    """
+    (q, _, _), keys = parts[0], sum(k.shape[1] for _, k, _ in parts)
+    seen = jnp.full(q.shape[0], keys, jnp.int32) if lengths is None else lengths
+    return _without_mask(list(parts), seen, 0 if lengths is None else None)
+
+
+def filled(
+    keys: Sequence[Keys], values: Sequence[Keys], seen: Int[Array, "B"], most: int | None = None
+) -> tuple[Keys, Keys]:
+    """Keys and values for `attention_to_filled`, of all parts of a sequence one behind the other: behind the first
+    `seen`, and up to a multiple of `TILE`, the first key, with values of zero.
+
+    Args:
+        most: of a sequence of one part, how many are not seen at most, where that is known.
+    """
+    first, held, parts = keys[0][:, :1], keys[0].shape[1], len(keys)
+    (k, k_ends), (v, v_ends) = (_with_room(some) for some in (keys, values))
+    start = held if parts > 1 else 0 if most is None else held - most
     real = (jnp.arange(start, k.shape[1]) < seen[:, None])[..., None, None]
     if start == 0:
         k, v = jnp.where(real, k, first), jnp.where(real, v, 0)
     elif start < k.shape[1]:
-        # XLA writes the ends in place if it finds them apart from the rest; else its kernels go through everything
-        k, v, *ends, first = jax.lax.optimization_barrier((k, v, k[:, start:], v[:, start:], first))
-        ends = [jnp.where(real, end, fill) for end, fill in zip(ends, (first, 0))]
-        k, v = (jax.lax.dynamic_update_slice_in_dim(a, end, start, 1) for a, end in zip((k, v), ends))
-    # the kernel that makes the queries would sum their scores too, ten times as slow, and an early look at the first
-    # key would have all keys copied
-    return jax.lax.optimization_barrier((q, k, v))
+        ends = (k_ends, v_ends) if parts > 1 else (k[:, start:], v[:, start:])
+        (k, v), ends, first = jax.lax.optimization_barrier(((k, v), ends, first))
+        k, v = (_put(a, jnp.where(real, end, fill), start) for a, end, fill in zip((k, v), ends, (first, 0)))
+    # an early look at the first key would have all keys copied
+    return jax.lax.optimization_barrier((k, v))
+
+
+def _queries(parts: Sequence[Queries]) -> Queries:
+    """As `filled`, with what there is behind them left to chance."""
+    q, ends = _with_room(parts)
+    if len(parts) > 1:
+        q, ends = jax.lax.optimization_barrier((q, ends))
+        q = _put(q, ends, parts[0].shape[1])
+    return apart(q)
+
+
+def apart(q: Queries) -> Queries:
+    """The kernel that makes the queries would sum their scores with the first key, too, ten times as slow."""
+    return jax.lax.optimization_barrier(q)
+
+
+def _with_room(parts: Sequence[Array]) -> tuple[Array, Array | None]:
+    """The first part with room for the others, up to a multiple of `TILE`, and what goes there."""
+    room = lambda a, n: jnp.pad(a, ((0, 0), (0, n - a.shape[1]), (0, 0), (0, 0)))
+    n, held = sum(a.shape[1] for a in parts), parts[0].shape[1]
+    n += -n % TILE
+    return room(parts[0], n), room(jnp.concatenate(parts[1:], 1), n - held) if len(parts) > 1 else None
+
+
+def _put(a: Array, end: Array, start: int) -> Array:
+    """In place, if XLA finds both behind a barrier; else its kernel goes through everything."""
+    return jax.lax.dynamic_update_slice_in_dim(a, end, start, 1)
 
 
 def attention_to_filled(
     q: Queries, k: Keys, v: Keys, seen: Int[Array, "B"]
-) -> tuple[Float[Array, "B N H K"], Float[Array, "B N H"]]:
-    """Attention to the first `seen` keys of what `filled` gave, and the log of the softmax's denominator, both float32.
-    To no keys at all the result is zero, and its log-sum-exp that of the first key.
+) -> tuple[Float[Array, "B N H K"], Float[Array, "B N H"], Float[Array, "B N H"]]:
+    """Attention to all of what `filled` gave; the share of the first `seen` keys, which it is to be divided by; and the
+    log of their sum. The last two are float32. To no keys at all the result is zero.
 
     Through a function that is JAX's own, because the public one rounds the log-sum-exp to the outputs' dtype.
     """
@@ -100,17 +156,29 @@ def attention_to_filled(
     first = (q.astype(jnp.float32) * k[:, :1].astype(jnp.float32)).sum(-1) * scale
     padding = jnp.where(seen > 0, k.shape[1] - seen, 0)[:, None, None]
     left = 1 - padding * jnp.exp(first - lse)
-    return out.astype(jnp.float32) / left[..., None], lse + jnp.log(left)
+    return out, left, lse + jnp.log(left)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _without_mask(q, k, v, lengths, most):
-    out, _ = attention_to_filled(*filled(_pad_tokens(q, TILE), k, v, lengths, most), lengths)
-    return out[:, : q.shape[1]].astype(q.dtype)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _without_mask(parts: list[Part], lengths, most):
+    q, k, v = ([part[i] for part in parts] for i in range(3))
+    out, left, _ = attention_to_filled(_queries(q), *filled(k, v, lengths, most), lengths)
+    # cut first: what is divided as a whole is written, and read again for each part
+    cut = [(out[:, at : at + a.shape[1]], left[:, at : at + a.shape[1], :, None]) for at, a in zip(_starts(q), q)]
+    return [(out.astype(jnp.float32) / left).astype(out.dtype) for out, left in cut]
 
 
-def _without_mask_forward(q, k, v, lengths, most):
-    return jax.vjp(lambda q, k, v: _masked(q, k, v, lengths, False), q, k, v)
+def _starts(pieces: Sequence[Array]) -> list[int]:
+    return [sum(a.shape[1] for a in pieces[:i]) for i in range(len(pieces))]
+
+
+def _without_mask_forward(parts, lengths, most):
+    def masked(parts):
+        q, k, v = (jnp.concatenate([part[i] for part in parts], 1) for i in range(3))
+        out, queries = _masked(q, k, v, lengths, False), [q for q, _, _ in parts]
+        return [out[:, at : at + a.shape[1]] for at, a in zip(_starts(queries), queries)]
+
+    return jax.vjp(masked, parts)
 
 
 _without_mask.defvjp(_without_mask_forward, lambda most, vjp, g: (*vjp(g), None))

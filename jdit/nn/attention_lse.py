@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jdit.nn.attention import log_choice
-from jdit.nn.attention_cudnn import Keys, Queries, attention_to_filled, check, filled
+from jdit.nn.attention_cudnn import Keys, Queries, apart, attention_to_filled, check, filled
 
 CHUNK = 1024
 """Query rows whose scores are in memory at once."""
@@ -29,7 +29,7 @@ def fill(q: Queries, k: Keys, v: Keys, seen: Int[Array, "B"], most: int | None =
         check(q, k)
     except NotImplementedError:
         return q, k, v
-    return filled(q, k, v, seen, most)
+    return apart(q), *filled([k], [v], seen, most)
 
 
 def attention_to_first(q: Queries, k: Keys, v: Keys, seen: Int[Array, "B"]) -> Partial:
@@ -50,8 +50,8 @@ def _plain_to_first(q, k, v, seen) -> Partial:
 
 @jax.custom_vjp
 def _cudnn(q, k, v, seen) -> Partial:
-    out, lse = attention_to_filled(q, k, v, seen)
-    return out, jnp.where((seen > 0)[:, None, None], lse, MASKED)
+    out, left, lse = attention_to_filled(q, k, v, seen)
+    return out.astype(jnp.float32) / left[..., None], jnp.where((seen > 0)[:, None, None], lse, MASKED)
 
 
 def _cudnn_forward(q, k, v, seen):

@@ -129,7 +129,7 @@ class JointAttention(nnx.Module):
         cfg = self.cfg
         heads = lambda a: a.reshape(*a.shape[:2], cfg.heads, cfg.head_dim)
         rotate = lambda a: a if rope is None else apply_rope(a, rope)
-        turn = lambda norm: lambda a: rotate(norm(heads(a)))
+        turn = lambda norm: lambda a: rotate(norm(heads(a), rotated=rope is not None))
         q, k, v = project(self.qkv, x, turn(self.norm_q), turn(self.norm_k), cfg.heads, cfg.rules)
         return self.out(attend(q, k, heads(v), rules=cfg.rules, tokens=tokens))
 

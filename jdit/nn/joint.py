@@ -69,26 +69,23 @@ class SelfAttention(nnx.Module):
         self.norm_q, self.norm_k = norm(), norm()
         self.out = layers.linear(d, d, ("heads", "embed"), **kw) if out else None
 
-    def project(
-        self, x: Float[Array, "B N D"], rules: Rules, rope: Rope | None = None, *, rotated: bool = False,
-        joint: bool = False,
-    ) -> Part:  # fmt: skip
-        """Queries, keys and values, the first two rotated by `rope` or going to be (`rotated`). `joint`: x is one of
-        several parts of the sequence that is attended to."""
-        turn = lambda norm: lambda a: self._turned(norm, a, rope, rotated)
+    def project(self, x: Float[Array, "B N D"], rules: Rules, rope: Rope | None = None, *, joint: bool = False) -> Part:
+        """Queries, keys and values, the first two rotated by `rope`. `joint`: x is one of several parts of the sequence
+        that is attended to."""
+        turn = lambda norm: lambda a: self._turned(norm, a, rope)
         q, k, v = project(self.qkv, x, turn(self.norm_q), turn(self.norm_k), self.heads, rules, joint=joint)
         return q, k, self._split(v)
 
     def split(self, qkv: Float[Array, "B N m D"], rope: Rope) -> Part:
         """`project` of a product that is made already: its first three parts."""
-        q, k = (self._turned(n, qkv[:, :, i], rope, True) for i, n in enumerate((self.norm_q, self.norm_k)))
+        q, k = (self._turned(n, qkv[:, :, i], rope) for i, n in enumerate((self.norm_q, self.norm_k)))
         return q, k, self._split(qkv[:, :, 2])
 
     def _split(self, x: Float[Array, "B N D"]) -> Float[Array, "B N heads K"]:
         return x.reshape(*x.shape[:2], self.heads, self.head_dim)
 
-    def _turned(self, norm: layers.RMSNorm | None, x, rope: Rope | None, rotated: bool) -> Float[Array, "B N heads K"]:
-        x = self._split(x) if norm is None else norm(self._split(x), rotated=rotated or rope is not None)
+    def _turned(self, norm: layers.RMSNorm | None, x, rope: Rope | None) -> Float[Array, "B N heads K"]:
+        x = self._split(x) if norm is None else norm(self._split(x), rotated=rope is not None)
         return x if rope is None else apply_rope(x, rope)
 
     def merge(self, x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
@@ -148,24 +145,20 @@ class JointBlock(nnx.Module):
         self, x: Float[Array, "B N D"], c: Float[Array, "B L D"], tokens: tuple[int, int], rope: Rope | None, **kw
     ) -> list[Float[Array, "B N_or_L D"]]:
         """Attention among both streams' tokens; the results apart, padded as the streams are."""
-        rules, n, spread = self.cfg.rules, tokens[0], self.cfg.rules.ways("seq") > 1
-        # on a mesh each device has a slice of either stream: joining would move them
-        ropes = (None, None) if rope is None or not spread else _cut(rope, n, rules)
+        rules, n = self.cfg.rules, tokens[0]
+        ropes = (None, None) if rope is None else _cut(rope, n, rules)
         image, context = (
-            stream.attn.project(a, rules, r and r.padded(a.shape[1]), rotated=rope is not None, joint=True)
+            stream.attn.project(a, rules, r and r.padded(a.shape[1]), joint=True)
             for stream, a, r in zip((self.image, self.context), (x, c), ropes)
         )
         if self.last:  # nobody reads the context's output
             context = (context[0][:, :0], context[1], context[2])
-        if spread:
+        if rules.ways("seq") > 1 or rope is not None or self.cfg.qk_norm is None:
             return attend_parts([image, context], rules=rules, tokens=tokens, **kw)
-        # the kernels of norms carry the joining of q and k along, unless a rotation's kernel does; v comes as it is
-        by_norm = self.cfg.qk_norm is not None and rope is None
-        joins = ((lambda pair: jnp.concatenate(pair, 1)) if by_norm else joined,) * 2 + (joined,)
-        cut = lambda pair: [a[:, :m] for a, m in zip(pair, tokens)]
-        q, k, v = (join(cut(pair)) for join, pair in zip(joins, zip(image, context)))
-        turn = lambda a: a if rope is None else apply_rope(a, rope)
-        joint = attend(turn(q), turn(k), v, rules=rules, **kw)
+        # the kernels of norms carry the joining of q and k along; v comes as it is
+        q, k, v = ([a[:, :m] for a, m in zip(pair, tokens)] for pair in zip(image, context))
+        q, k = (jnp.concatenate(pair, 1) for pair in (q, k))
+        joint = attend(q, k, joined(v), rules=rules, **kw)
         return [padded(joint[:, :n], image[0].shape[1]), padded(joint[:, n:], context[0].shape[1])]
 
 

@@ -121,14 +121,20 @@ def modulate_rows(
 
 
 class LayerNorm(nnx.Module):
-    """Affine layer norm, statistics in float32."""
+    """Affine layer norm, statistics in float32. `rotated` as of `RMSNorm`."""
 
     def __init__(self, d: int, *, eps: float, dtype):
         self.eps = eps
         self.scale = nnx.Param(jnp.ones(d, dtype), axes=(None,))
         self.bias = nnx.Param(jnp.zeros(d, dtype), axes=(None,))
 
-    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    def __call__(self, x: Float[Array, "... D"], *, rotated: bool = False) -> Float[Array, "... D"]:
+        if rotated and target().platform == "gpu":
+            x32 = x.astype(jnp.float32)
+            mean = x32.mean(-1, keepdims=True)
+            inverse = jax.lax.rsqrt(jnp.square(x32 - mean).mean(-1, keepdims=True) + self.eps)
+            mean, inverse = jax.lax.optimization_barrier((mean, inverse))
+            return ((x32 - mean) * inverse * self.scale + self.bias).astype(x.dtype)
         return (layer_norm(x, self.eps) * self.scale + self.bias).astype(x.dtype)
 
 

@@ -16,6 +16,7 @@ from util_sd3 import error, noise
 
 from convert import qwen_image, registry, write
 from jdit import sharding, zoo
+from jdit.nn import attention_cudnn
 from jdit.nn.context_parallel import whole_tiles
 from jdit.nn.qwen_image import QwenImageConfig, ms_rope
 from jdit.sharding import dotted
@@ -74,6 +75,17 @@ def test_tokens_are_padded_on_a_gpu(models):
     with compiling_for(Target("gpu")):
         assert whole_tiles(inputs.text.numpy(), module.cfg.rules).shape[1] > inputs.text.shape[1]
         got = inputs.ours(call, module)
+    assert error(got, inputs.theirs(model)) < 2e-6
+
+
+def test_joined_attention_without_a_mask(models, as_cudnn, monkeypatch):
+    """As long sequences are attended to on a GPU, in float32: the texts are written where the picture has room."""
+    monkeypatch.setattr(attention_cudnn, "FILL_FROM", 1)
+    monkeypatch.setattr(attention_cudnn, "check", lambda q, k: None)
+    model, module, _ = models("image")
+    inputs = Inputs(model.config, given=1)
+    got = inputs.ours(jax.jit(lambda module, *args, **kw: module(*args, **kw)), module)
+    assert as_cudnn and not any(masked for masked, *_ in as_cudnn)
     assert error(got, inputs.theirs(model)) < 2e-6
 
 
