@@ -264,3 +264,19 @@ def test_xla_knows_the_options_of_gpu_programs(processes, monkeypatch):
     for wrong in ({"xla_gpu_no_such_option": 1}, {"xla_gpu_collective_permute_mode": "COLLECTIVES_BY_PIGEON"}):
         with pytest.raises(jax.errors.JaxRuntimeError):
             lowered.compile(options | wrong)
+
+
+def test_options_of_gpu_programs_are_those_of_the_mesh(monkeypatch):
+    """And so are the compiled functions, of which there is one for each set of options."""
+    mode, fn = "xla_gpu_command_buffer_scheduling_mode", lambda x: x
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    options = lambda: executor.compiler_options() or {}
+    alone = executor.compiled(fn)
+    assert mode not in options()
+    with jax.set_mesh(make_mesh(data=8)):
+        assert options()[mode] == "CONCURRENT"
+        jax.jit(jnp.sin).lower(1.0).compile(options())
+        assert executor.compiled(fn) is executor.compiled(fn) is not alone
+    for sizes in (dict(data=4, sequence=2), dict(tensor=8), dict(data=1)):
+        with jax.set_mesh(make_mesh(**sizes)):
+            assert mode not in options() and executor.compiled(fn) is alone

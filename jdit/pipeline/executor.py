@@ -43,6 +43,9 @@ class Stage:
     frees: tuple[str, ...] = ()
 
 
+Options = tuple[tuple[str, bool | int | str], ...]
+
+
 def compiler_options() -> dict[str, bool | int | str] | None:
     """What GPU programs are compiled with (benchmarks/NOTES.md has the figures).
 
@@ -52,26 +55,42 @@ def compiler_options() -> dict[str, bool | int | str] | None:
     right before the product that hides it, which then leaves NCCL no processors. What a ring sends between the GPUs of
     one process goes by copy engines, which need none. Slices of a layer's biases and scales are not copied on streams
     of their own: beside what is sent, no CUDA graph can hold those, and outside of graphs cuDNN clears its results
-    first and kernels wait for one another's launch.
+    first and kernels wait for one another's launch. A graph may hold one kernel: a ring's attention to its own keys,
+    between sending and receiving. Where nothing but samples is spread (guidance), a device has few of them, and kernels
+    of a graph that do not need one another run side by side: those of a text leave most processors idle.
     """
     if jax.default_backend() != "gpu":
         return None
-    alone = jax.process_count() == 1
+    mesh = jax.sharding.get_abstract_mesh()
     return {
-        **({"xla_gpu_collective_permute_mode": "COLLECTIVES_PEER_MEMORY"} if alone else {}),
+        **({"xla_gpu_collective_permute_mode": "COLLECTIVES_PEER_MEMORY"} if jax.process_count() == 1 else {}),
+        **({"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"} if _samples_alone(mesh) else {}),
         "xla_disable_hlo_passes": "dynamic-slice-copy-fusion-async-wrapper",
         "xla_gpu_enable_dynamic_slice_fusion": True,
         "xla_gpu_enable_triton_gemm": False,
         "xla_gpu_experimental_parallel_collective_overlap_limit": 4,
         "xla_gpu_experimental_collective_start_as_early_as_possible": True,
-        "xla_gpu_graph_min_graph_size": 4,  # a ring's attention to its own keys, between sending and receiving
+        "xla_gpu_graph_min_graph_size": 1,
     }
 
 
-@functools.cache
+def _samples_alone(mesh: jax.sharding.AbstractMesh) -> bool:
+    return not mesh.empty and 1 < mesh.size == mesh.shape.get("data", 1)
+
+
 def compiled(fn: Callable, static: tuple[int, ...] = ()) -> Callable:
-    """`fn` under jax.jit; the same function gives the same jit, so a second call does not compile again."""
-    return jax.jit(fn, static_argnums=static, compiler_options=compiler_options())
+    """`fn` under jax.jit with the options of the mesh in use; the same function gives the same jit, so a second call
+    does not compile again."""
+    return _compiled(fn, static, _options())
+
+
+@functools.cache
+def _compiled(fn: Callable, static: tuple[int, ...], options: Options) -> Callable:
+    return jax.jit(fn, static_argnums=static, compiler_options=dict(options))
+
+
+def _options() -> Options:
+    return tuple(sorted((compiler_options() or {}).items()))
 
 
 def _static(stage: Stage) -> tuple[int, ...]:
@@ -240,7 +259,7 @@ def _scan(
     static = {n: values[n] for s in block for n in s.static}
     given = {n: values[n] for s in block for n in s.reads if n in values and n not in (item, *static, *carry)}
     modules = {name: weights[name] for s in block for name in s.weights}
-    program = _scan_program(tuple(block), tuple(sorted(static.items())), results)
+    program = _scan_program(tuple(block), tuple(sorted(static.items())), results, _options())
     names = [f"{stage.name}[{i}]" for i in range(len(items)) for stage in block]
     with _marking(lambda i: on_stage(names[i]) if on_stage else None) as marks:
         begun = time.perf_counter()
@@ -251,7 +270,9 @@ def _scan(
 
 
 @functools.cache
-def _scan_program(block: tuple[Stage, ...], static: tuple[tuple[str, Any], ...], results: tuple[str, ...]) -> Callable:
+def _scan_program(
+    block: tuple[Stage, ...], static: tuple[tuple[str, Any], ...], results: tuple[str, ...], options: Options
+) -> Callable:
     def program(modules, given, carry, items):
         def play(stage: Stage, known: Mapping[str, Any]) -> dict[str, Any]:
             out = stage.fn(*(modules[n] for n in stage.weights), *(known[n] for n in stage.reads))
@@ -261,7 +282,7 @@ def _scan_program(block: tuple[Stage, ...], static: tuple[tuple[str, Any], ...],
 
         return segments.scan(_segment(block, given | dict(static), results, play), carry, items)
 
-    return jax.jit(program, compiler_options=compiler_options())
+    return jax.jit(program, compiler_options=dict(options))
 
 
 _mark: Callable[[], None] = lambda: None
