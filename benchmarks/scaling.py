@@ -75,8 +75,8 @@ CASES = {
 SPREAD = ("Wan 14B 480p", "Wan 14B 480p guided", "HunyuanVideo 544p", "HunyuanVideo 720p", "Qwen-Image guided")
 """Whose weights are over half of a v6e's memory: on it they are spread over all chips (FSDP)."""
 MEASURED = {
-    "Wan 1.3B 480p": (0.4810, 0.2550), "Wan 14B 480p": (2.5764, 1.3652), "HunyuanVideo 544p": (7.009, 3.649),
-    "SD3.5-large guided": (0.1267, 0.0650), "Qwen-Image guided": (0.4633, 0.2428),
+    "Wan 1.3B 480p": (0.4824, 0.2562), "Wan 14B 480p": (2.5947, 1.3706), "HunyuanVideo 544p": (6.981, 3.6375),
+    "SD3.5-large guided": (0.1267, 0.0642), "Qwen-Image guided": (0.4481, 0.2345),
 }  # fmt: skip
 """Seconds of a step on one H100 and on two (benchmarks/mesh.md)."""
 
