@@ -116,7 +116,8 @@ def project(
     they are of one part of a sequence that has several.
 
     Where keys and values are gathered, each of the three has a product of its own: values are sent while that of the
-    keys runs, keys while that of the queries does, and both are whole on each device in the end.
+    keys runs, keys while that of the queries does, and both are whole on each device in the end. The part's own tokens
+    decide: weights are copied for it (`some_parts`), which for a text costs more than its sending.
     """
     part = lambda i, *sent: some_parts(fused, x, slice(i, i + 1), rules, *sent)[:, :, 0]
     if rules.ways("seq") == 1 or not _form(heads, x.shape[1], rules, joint).gathered:
