@@ -19,7 +19,8 @@ from jdit.nn import attention_lse, context_parallel, layers
 from jdit.nn.attention import attention
 from jdit.nn.attention_lse import MASKED, attention_with_lse, merge
 from jdit.nn.context_parallel import attend, attend_frames, attend_parts, attend_whole, project
-from jdit.nn.exchange import Form, choose, joined, split
+from jdit.nn.exchange import Form, choose
+from jdit.nn.pieces import joined, split
 from jdit.sharding import Rules, make_mesh
 from jdit.target import Target, compiling_for
 

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jdit.nn.pieces import Part, padded, split
 from jdit.target import target
 
 TILE = 128
@@ -30,7 +31,6 @@ layer in the kernel, and pay more for their padding and for two passes over the 
 Keys = Float[Array, "B S H K"]
 Queries = Float[Array, "B N H K"]
 Lengths = Int[Array, "B"] | None
-Part = tuple[Queries, Keys, Keys]
 
 
 def check(q: Queries, k: Keys):
@@ -65,13 +65,19 @@ def _long(q: Queries, k: Keys) -> bool:
     return min(q.shape[1], k.shape[1]) >= FILL_FROM * (1 if q.shape[-1] > 64 else 2)
 
 
-def takes_parts(parts: Sequence[Part]) -> bool:
-    """Whether `attention_among_parts` is for these: the first of them is long, and cuDNN takes it."""
+def takes(q: Queries, k: Keys) -> bool:
+    """`check`, as a question."""
     try:
-        check(*parts[0][:2])
+        check(q, k)
     except NotImplementedError:
         return False
-    return _long(*parts[0][:2])
+    return True
+
+
+def takes_parts(parts: Sequence[Part]) -> bool:
+    """Whether `attention_among_parts` is for these: the first of them is long, and cuDNN takes it."""
+    q, k, _ = parts[0]
+    return takes(q, k) and _long(q, k)
 
 
 def attention_among_parts(parts: Sequence[Part], lengths: Lengths) -> list[Queries]:
@@ -125,10 +131,9 @@ def apart(q: Queries) -> Queries:
 
 def _with_room(parts: Sequence[Array]) -> tuple[Array, Array | None]:
     """The first part with room for the others, up to a multiple of `TILE`, and what goes there."""
-    room = lambda a, n: jnp.pad(a, ((0, 0), (0, n - a.shape[1]), (0, 0), (0, 0)))
     n, held = sum(a.shape[1] for a in parts), parts[0].shape[1]
     n += -n % TILE
-    return room(parts[0], n), room(jnp.concatenate(parts[1:], 1), n - held) if len(parts) > 1 else None
+    return padded(parts[0], n), padded(jnp.concatenate(parts[1:], 1), n - held) if len(parts) > 1 else None
 
 
 def _put(a: Array, end: Array, start: int) -> Array:
@@ -164,19 +169,14 @@ def _without_mask(parts: list[Part], lengths, most):
     q, k, v = ([part[i] for part in parts] for i in range(3))
     out, left, _ = attention_to_filled(_queries(q), *filled(k, v, lengths, most), lengths)
     # cut first: what is divided as a whole is written, and read again for each part
-    cut = [(out[:, at : at + a.shape[1]], left[:, at : at + a.shape[1], :, None]) for at, a in zip(_starts(q), q)]
+    cut = zip(*(split(a, [some.shape[1] for some in q]) for a in (out, left[..., None])))
     return [(out.astype(jnp.float32) / left).astype(out.dtype) for out, left in cut]
-
-
-def _starts(pieces: Sequence[Array]) -> list[int]:
-    return [sum(a.shape[1] for a in pieces[:i]) for i in range(len(pieces))]
 
 
 def _without_mask_forward(parts, lengths, most):
     def masked(parts):
         q, k, v = (jnp.concatenate([part[i] for part in parts], 1) for i in range(3))
-        out, queries = _masked(q, k, v, lengths, False), [q for q, _, _ in parts]
-        return [out[:, at : at + a.shape[1]] for at, a in zip(_starts(queries), queries)]
+        return split(_masked(q, k, v, lengths, False), [some.shape[1] for some, _, _ in parts])
 
     return jax.vjp(masked, parts)
 
@@ -197,7 +197,7 @@ def _masked(q, k, v, lengths: Lengths, causal: bool):
 
 
 def _pad_tokens(x, multiple: int):
-    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % multiple), (0, 0), (0, 0)))
+    return padded(x, x.shape[1] + -x.shape[1] % multiple)
 
 
 def _fused(q, k, v, q_lengths: Lengths, lengths: Lengths, causal: bool):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jdit.nn.attention import log_choice
-from jdit.nn.attention_cudnn import Keys, Queries, apart, attention_to_filled, check, filled
+from jdit.nn.attention_cudnn import Keys, Queries, apart, attention_to_filled, filled, takes
 
 CHUNK = 1024
 """Query rows whose scores are in memory at once."""
@@ -25,23 +25,15 @@ Partial = tuple[Float[Array, "B N H K"], Float[Array, "B N H"]]
 def fill(q: Queries, k: Keys, v: Keys, seen: Int[Array, "B"], most: int | None = None) -> tuple[Queries, Keys, Keys]:
     """What `attention_to_first` takes, of queries and the first `seen` keys; once where keys are made, not by all who
     get them. `most` as of `filled`."""
-    try:
-        check(q, k)
-    except NotImplementedError:
-        return q, k, v
-    return apart(q), *filled([k], [v], seen, most)
+    return (apart(q), *filled([k], [v], seen, most)) if takes(q, k) else (q, k, v)
 
 
 def attention_to_first(q: Queries, k: Keys, v: Keys, seen: Int[Array, "B"]) -> Partial:
     """`attention_with_lse` to the first `seen` keys, which may be none, of those that `fill` gave: by cuDNN where it
     takes them. Its gradients are those of plain XLA, since cuDNN's know nothing of the log-sum-exp's."""
-    try:
-        check(q, k)
-        name, out = "cudnn", _cudnn(q, k, v, seen)
-    except NotImplementedError:
-        name, out = "xla", _plain_to_first(q, k, v, seen)
+    name, attend = ("cudnn", _cudnn) if takes(q, k) else ("xla", _plain_to_first)
     log_choice(f"{name} with log-sum-exps", q.shape, k.shape, str(q.dtype))
-    return out
+    return attend(q, k, v, seen)
 
 
 def _plain_to_first(q, k, v, seen) -> Partial:

@@ -20,8 +20,9 @@ from jaxtyping import Array, Float
 
 from jdit.nn.attention import Lengths, attention
 from jdit.nn.attention_cudnn import attention_among_parts, takes_parts
-from jdit.nn.exchange import Form, Part, Tokens, attend_slices, choose, joined, padded, split
+from jdit.nn.exchange import Form, Tokens, attend_slices, choose
 from jdit.nn.layers import marked, some_parts
+from jdit.nn.pieces import Part, joined, padded, split
 from jdit.sharding import Rules, shard
 from jdit.target import target
 
@@ -87,12 +88,12 @@ def attend_parts(
     q, tokens = parts[0][0], tokens or [part[1].shape[1] for part in parts]
     sizes = tuple(tuple(min(a.shape[1], n) for a, n in zip(some, tokens)) for some in zip(*parts))
     if _whole(max(map(max, sizes)), rules):
-        place = lambda a, n: shard(a[:, :n], "batch", None, "attn", None, rules=rules)
-        cut = [(place(q, n), place(k, m), place(v, m)) for (q, k, v), n, m in zip(parts, *sizes[:2])]
+        cut = [(q[:, :n], k[:, :m], v[:, :m]) for (q, k, v), n, m in zip(parts, *sizes[:2])]
         if len(parts) > 1 and key_counts is None and takes_parts(cut):
-            out = attention_among_parts(cut, kv_lengths)
-            return [_cut(padded(o, a.shape[1]), a.shape[1], a.shape[2]) for o, (a, _, _) in zip(out, parts)]
-        q, k, v = (joined([a[:, :n] for a, n in zip(some, few)]) for some, few in zip(zip(*parts), sizes))
+            whole = lambda a: shard(a, "batch", None, "attn", None, rules=rules)
+            out = attention_among_parts([(whole(q), whole(k), whole(v)) for q, k, v in cut], kv_lengths)
+            return [_cut(padded(o, q.shape[1]), q.shape[1], q.shape[2]) for o, (q, _, _) in zip(out, parts)]
+        q, k, v = (joined(some) for some in zip(*cut))
         out = split(attend_whole(q, k, v, rules=rules, kv_lengths=kv_lengths, key_counts=key_counts), sizes[0])
         return [padded(o, part[0].shape[1]) for o, part in zip(out, parts)]
     ways, tensor, heads = rules.ways("seq"), rules.ways("heads"), q.shape[2]

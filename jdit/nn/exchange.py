@@ -28,11 +28,10 @@ from jaxtyping import Array, Bool, Float, Int
 from jdit.nn.attention import Lengths, attention
 from jdit.nn.attention_lse import MASKED, Partial, attention_to_first, attention_with_lse, fill, merge
 from jdit.nn.layers import marked
+from jdit.nn.pieces import Part, joined, padded, split
 from jdit.target import target
 
 Tokens = Float[Array, "B n H K"]
-Part = tuple[Tokens, Tokens, Tokens]
-"""Queries, keys and values of one part of a sequence; their numbers of tokens may differ."""
 Sizes = tuple[tuple[int, ...], ...]
 """Tokens of each part's queries, keys and values on all devices together, without padding."""
 LONG = 16384
@@ -197,30 +196,3 @@ def _ring(
         k, v = turn(k), turn(v)
         out = merge(out, attended(step, k, v))
     return out[0].astype(q.dtype)
-
-
-def joined(pieces: Sequence[Array], axis: int = 1) -> Array:
-    """Concatenation as a selection. On a GPU, XLA's own kernel for it handles one element a thread: 96 us where a loop
-    over the result takes 28 (v of SD3.5-large at 1024 px on an H200)."""
-    sizes, rank = [p.shape[axis] for p in pieces], pieces[0].ndim
-    ends, total = [sum(sizes[: i + 1]) for i in range(len(sizes))], sum(sizes)
-    at = jnp.arange(total).reshape(-1, *(1,) * (rank - 1 - axis))
-    wide = lambda i: jnp.pad(
-        pieces[i], [(ends[i] - sizes[i], total - ends[i]) if a == axis else (0, 0) for a in range(rank)]
-    )
-    out = wide(-1) if len(pieces) > 1 else pieces[0]
-    for i in reversed(range(len(pieces) - 1)):
-        out = jnp.where(at < ends[i], wide(i), out)
-    return out
-
-
-def padded(x: Float[Array, "B n ..."], tokens: int) -> Float[Array, "B N ..."]:
-    """With zeros behind the tokens, to so many."""
-    return jnp.pad(x, [(0, tokens - n if axis == 1 else 0) for axis, n in enumerate(x.shape)])
-
-
-def split(x: Array, sizes: Sequence[int], axis: int = 1) -> list[Array]:
-    if len(sizes) == 1:
-        return [x]
-    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
-    return [jax.lax.slice_in_dim(x, end - n, end, axis=axis) for n, end in zip(sizes, ends)]

@@ -181,7 +181,7 @@ class SingleBlock(nnx.Module):
             q, k, v = self.attn.project(given, rules, rope) if made is None else self.attn.split(made, rope)
             seen = attend(q, k, v, rules=rules, kv_lengths=kv_lengths, tokens=tokens)
         with jax.named_scope("mlp"):
-            # attention's output in the place of v: a selection, where a concatenation is slow on GPUs (exchange.joined)
+            # attention's output in the place of v: a selection, where a concatenation is slow on GPUs (pieces.joined)
             is_seen = np.arange(1 + self.cfg.mlp_ratio)[:, None] == 0
             if made is None:
                 more = layers.some_parts(qkv, given, slice(3, None), rules)

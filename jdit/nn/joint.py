@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from jdit.nn import layers
 from jdit.nn.context_parallel import attend, attend_parts, project
-from jdit.nn.exchange import Part, joined, padded
+from jdit.nn.pieces import Part, joined, padded
 from jdit.nn.rope import Rope, apply_rope
 from jdit.sharding import Rules, shard
 

@@ -88,11 +88,19 @@ def conv(
     )  # fmt: skip
 
 
-def layer_norm(x: Float[Array, "... D"], eps: float = 1e-6) -> Float[Array, "... D"]:
-    """Layer norm without affine part, statistics and result in float32."""
+def _statistics(values, rotated: bool):
+    """Of a norm. With `rotated`, rotary positions are what reads its result; on a GPU statistics are then made first:
+    XLA does not join a rotation to a kernel that sums, and would store all of it in float32 in between."""
+    return jax.lax.optimization_barrier(values) if rotated and target().platform == "gpu" else values
+
+
+def layer_norm(x: Float[Array, "... D"], eps: float = 1e-6, *, rotated: bool = False) -> Float[Array, "... D"]:
+    """Layer norm without affine part, statistics and result in float32. `rotated`: rotary positions follow."""
     x = x.astype(jnp.float32)
-    x = x - x.mean(-1, keepdims=True)
-    return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + eps)
+    mean = x.mean(-1, keepdims=True)
+    inverse = jax.lax.rsqrt(jnp.square(x - mean).mean(-1, keepdims=True) + eps)
+    mean, inverse = _statistics((mean, inverse), rotated)
+    return (x - mean) * inverse
 
 
 def modulate(x: Float[Array, "B N D"], shift: Float[Array, "B D"], scale: Float[Array, "B D"]) -> Float[Array, "B N D"]:
@@ -121,7 +129,7 @@ def modulate_rows(
 
 
 class LayerNorm(nnx.Module):
-    """Affine layer norm, statistics in float32. `rotated` as of `RMSNorm`."""
+    """Affine layer norm, statistics in float32. `rotated`: rotary positions follow."""
 
     def __init__(self, d: int, *, eps: float, dtype):
         self.eps = eps
@@ -129,21 +137,12 @@ class LayerNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(d, dtype), axes=(None,))
 
     def __call__(self, x: Float[Array, "... D"], *, rotated: bool = False) -> Float[Array, "... D"]:
-        if rotated and target().platform == "gpu":
-            x32 = x.astype(jnp.float32)
-            mean = x32.mean(-1, keepdims=True)
-            inverse = jax.lax.rsqrt(jnp.square(x32 - mean).mean(-1, keepdims=True) + self.eps)
-            mean, inverse = jax.lax.optimization_barrier((mean, inverse))
-            return ((x32 - mean) * inverse * self.scale + self.bias).astype(x.dtype)
-        return (layer_norm(x, self.eps) * self.scale + self.bias).astype(x.dtype)
+        return (layer_norm(x, self.eps, rotated=rotated) * self.scale + self.bias).astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * scale over the last axis, statistics in float32 (arXiv 1910.07467).
-
-    With `rotated`, what is read next are rotary positions. On a GPU statistics are then made first: XLA does not join
-    a rotation to a kernel that sums, and would store all of it in float32 in between.
-    """
+    """x / rms(x) * scale over the last axis, statistics in float32 (arXiv 1910.07467). `rotated`: rotary positions
+    follow."""
 
     def __init__(self, d: int, *, eps: float, dtype):
         self.eps = eps
@@ -151,9 +150,7 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "... D"], *, rotated: bool = False) -> Float[Array, "... D"]:
         x32 = x.astype(jnp.float32)
-        inverse = jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + self.eps)
-        if rotated and target().platform == "gpu":
-            inverse = jax.lax.optimization_barrier(inverse)
+        inverse = _statistics(jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + self.eps), rotated)
         return (x32 * inverse * self.scale).astype(x.dtype)
 
 

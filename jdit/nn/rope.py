@@ -92,7 +92,7 @@ def apply_rope(x: Float[Array, "B N H K"], rope: Rope, layout: Layout = "pairs")
     """
     x32 = x.astype(jnp.float32)
     cos, sin = rope.cos[..., None, :], rope.sin[..., None, :]  # N 1 K/2, or B N 1 K/2
-    if layout == "pairs":  # no concatenation: on GPUs XLA works it off an element a thread (exchange.joined)
+    if layout == "pairs":  # no concatenation: on GPUs XLA works it off an element a thread (pieces.joined)
         partner = x32.reshape(*x.shape[:-1], -1, 2)[..., ::-1].reshape(x.shape)
         sign = np.tile(np.array([-1, 1], np.float32), x.shape[-1] // 2)
         out = x32 * jnp.repeat(cos, 2, -1) + partner * (sign * jnp.repeat(sin, 2, -1))

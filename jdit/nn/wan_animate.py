@@ -18,9 +18,9 @@ from jaxtyping import Array, Float
 
 from jdit.nn import layers
 from jdit.nn.context_parallel import attend_frames
-from jdit.nn.exchange import padded
 from jdit.nn.motion import FaceEncoder, MotionEncoder
 from jdit.nn.patch import patch_grid, patchify_3d
+from jdit.nn.pieces import padded
 from jdit.nn.wan import Context, Modulation, WanTrunk
 from jdit.nn.wan_animate_config import WanAnimateConfig
 from jdit.sharding import shard
