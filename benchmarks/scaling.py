@@ -7,7 +7,7 @@ Counted: each full-size step is compiled, from shapes, for 2 to 64 CPU devices t
 program of one device gives the FLOPs of a layer's products and the collectives; attention, which is left out of the
 program, is counted by its formula. XLA's CPU compiler widens bfloat16 to float32: an element is counted as two bytes.
 Projected: see `step_time`. What it leaves out: small products are slower than large ones, and kernels run in waves.
-Where a ring is chosen, whose parts are plain XLA in most cases (jdit/nn/attention_lse.py), Ulysses with heads of zeros
+Where a ring is chosen, whose parts are plain XLA in most cases (jdit/nn/exchange.py), Ulysses with heads of zeros
 is counted too, and the faster one is given.
 """
 
@@ -128,7 +128,7 @@ def replace_attention():
     attention.BACKENDS.clear()
     attention.BACKENDS["counted"] = nothing
     exchange.attention_with_lse = partial
-    exchange.attention_to_first = lambda q, k, v, seen: partial(q, k, v, seen.astype(jnp.float32))
+    exchange.attention_to_all = lambda q, k, v: partial(q, k, v, jnp.zeros(1))
 
 
 def lowered(case: str, ways: int, spread: bool = False, exchange: str = "auto", **depth: int):

@@ -9,7 +9,7 @@ from util_random import error
 
 from jdit.nn import attention_cudnn as module
 from jdit.nn.attention import attention
-from jdit.nn.attention_cudnn import attention_to_filled, filled
+from jdit.nn.attention_cudnn import attention_to_all, filled, left_without
 from jdit.nn.context_parallel import attend_parts
 from jdit.sharding import Rules
 from jdit.target import Target, compiling_for
@@ -66,8 +66,10 @@ def test_padding_is_taken_out_whatever_the_scores(as_cudnn, offset, most):
 
     @jax.jit
     def taken_out(q, k, v):
-        out, left, lse = attention_to_filled(q, *filled([k], [v], seen, most), seen)
-        return out / left[..., None], lse
+        k, v = filled([k], [v], seen, most)
+        out, lse = attention_to_all(q, k, v)
+        left = left_without(k.shape[1] - seen, k[:, :1], q, lse)
+        return out / left[..., None], lse + jnp.log(left)
 
     out, lse = taken_out(q, k, v)
     scores = np.einsum("bnhk,bshk->bnhs", *(np.asarray(a, np.float64) for a in (q, k))) / 8

@@ -15,7 +15,7 @@ def test_attention_is_what_the_program_without_it_lacks(monkeypatch):
     flops = lambda: scaling.lowered("tiny", 1).cost_analysis()["flops"]
     whole = flops()
     monkeypatch.setattr(attention, "BACKENDS", {})
-    for name in ("attention_with_lse", "attention_to_first"):  # put back afterwards
+    for name in ("attention_with_lse", "attention_to_all"):  # put back afterwards
         monkeypatch.setattr(exchange, name, getattr(exchange, name))
     scaling.replace_attention()
     assert whole - flops() == pytest.approx(scaling.attention_flop("tiny"), rel=0.03)

@@ -5,7 +5,7 @@ B batch, N query tokens, S key tokens, H heads, K head dim.
 cuDNN takes a mask for padding, and a number of keys that is no multiple of `TILE` is a mask to it; without one it is
 7% faster (benchmarks/NOTES.md). So the padding of long sequences is seen, as something whose share of each query's sum
 is known: its keys are copies of the first key, its values zeros (`filled`), and what is left of a sum without it is 1 -
-share, by which the result is divided (`attention_to_filled`). The first key's own share is as large as each copy's: of
+share, by which the result is divided (`left_without`). The first key's own share is as large as each copy's: of
 P keys of padding no more than P / (P + 1) is taken away, and what a score is wrong by (in float32 1e-6 to 2e-5,
 for scores up to 50) is so of the result P + 1 times at most, for a query that sees nothing else. Zeros for keys would
 have no such bound: a query may score far below 0 with every real key.
@@ -95,8 +95,8 @@ def attention_among_parts(parts: Sequence[Part], lengths: Lengths) -> list[Queri
 def filled(
     keys: Sequence[Keys], values: Sequence[Keys], seen: Int[Array, "B"], most: int | None = None
 ) -> tuple[Keys, Keys]:
-    """Keys and values for `attention_to_filled`, of all parts of a sequence one behind the other: behind the first
-    `seen`, and up to a multiple of `TILE`, the first key, with values of zero.
+    """Keys and values of all parts of a sequence one behind the other: behind the first `seen`, and up to a multiple of
+    `TILE`, the first key, with values of zero.
 
     Args:
         most: of a sequence of one part, how many are not seen at most, where that is known.
@@ -141,35 +141,40 @@ def _put(a: Array, end: Array, start: int) -> Array:
     return jax.lax.dynamic_update_slice_in_dim(a, end, start, 1)
 
 
-def attention_to_filled(
-    q: Queries, k: Keys, v: Keys, seen: Int[Array, "B"]
-) -> tuple[Float[Array, "B N H K"], Float[Array, "B N H"], Float[Array, "B N H"]]:
-    """Attention to all of what `filled` gave; the share of the first `seen` keys, which it is to be divided by; and the
-    log of their sum. The last two are float32. To no keys at all the result is zero.
+def attention_to_all(q: Queries, k: Keys, v: Keys) -> tuple[Queries, Float[Array, "B N H"]]:
+    """Attention to all keys, and the log of the softmax's denominator in float32. It has no gradients.
 
     Through a function that is JAX's own, because the public one rounds the log-sum-exp to the outputs' dtype.
     """
     # here, so that a JAX that has moved it breaks long sequences on GPUs, by name, and nothing else
     from jax._src.cudnn import fused_attention_stablehlo as fused
 
-    scale = q.shape[-1] ** -0.5
     given = q, k, v, None, None, None, None
     out, lse = fused.dot_product_attention(  # pyright: ignore (its annotations say less than it gives)
-        *given, scale=scale, mask_type=fused.MaskType.NO_MASK, return_residual=True
+        *given, scale=q.shape[-1] ** -0.5, mask_type=fused.MaskType.NO_MASK, return_residual=True
     )
-    lse = lse.swapaxes(1, 2)
-    first = (q.astype(jnp.float32) * k[:, :1].astype(jnp.float32)).sum(-1) * scale
-    padding = jnp.where(seen > 0, k.shape[1] - seen, 0)[:, None, None]
-    left = 1 - padding * jnp.exp(first - lse)
-    return out, left, lse + jnp.log(left)
+    return out, lse.swapaxes(1, 2)
+
+
+def left_without(
+    padding: Int[Array, "B"], first: Float[Array, "B 1 H K"], q: Queries, lse: Float[Array, "B N H"]
+) -> Float[Array, "B N H"]:
+    """The share that is left of each query's sum without so many copies of the key `first`, float32."""
+    # the scores in a kernel that does nothing else: with the weights of a merge in it, it took five times as long
+    lse = jax.lax.optimization_barrier(lse.swapaxes(1, 2)).swapaxes(1, 2)
+    score = (q.astype(jnp.float32) * first.astype(jnp.float32)).sum(-1) * q.shape[-1] ** -0.5
+    return 1 - padding[:, None, None] * jnp.exp(score - lse)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _without_mask(parts: list[Part], lengths, most):
-    q, k, v = ([part[i] for part in parts] for i in range(3))
-    out, left, _ = attention_to_filled(_queries(q), *filled(k, v, lengths, most), lengths)
+    queries, keys, values = ([part[i] for part in parts] for i in range(3))
+    q, (k, v) = _queries(queries), filled(keys, values, lengths, most)
+    out, lse = attention_to_all(q, k, v)
+    # to no keys at all the result is zero, as it is
+    left = left_without(jnp.where(lengths > 0, k.shape[1] - lengths, 0), k[:, :1], q, lse)
     # cut first: what is divided as a whole is written, and read again for each part
-    cut = zip(*(split(a, [some.shape[1] for some in q]) for a in (out, left[..., None])))
+    cut = zip(*(split(a, [some.shape[1] for some in queries]) for a in (out, left[..., None])))
     return [(out.astype(jnp.float32) / left).astype(out.dtype) for out, left in cut]
 
 

@@ -4,14 +4,9 @@ B batch, N query tokens, S key tokens, H heads, K head dim. The log-sum-exp of a
 compute dtype: in bfloat16 its steps between 8 and 16 are 1/16, which is 3% in the weights that merge two parts.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
-
-from jdit.nn.attention import log_choice
-from jdit.nn.attention_cudnn import Keys, Queries, apart, attention_to_filled, filled, takes
+from jaxtyping import Array, Float
 
 CHUNK = 1024
 """Query rows whose scores are in memory at once."""
@@ -20,43 +15,6 @@ MASKED = -1e30
 weight 0."""
 
 Partial = tuple[Float[Array, "B N H K"], Float[Array, "B N H"]]
-
-
-def fill(q: Queries, k: Keys, v: Keys, seen: Int[Array, "B"], most: int | None = None) -> tuple[Queries, Keys, Keys]:
-    """What `attention_to_first` takes, of queries and the first `seen` keys; once where keys are made, not by all who
-    get them. `most` as of `filled`."""
-    return (apart(q), *filled([k], [v], seen, most)) if takes(q, k) else (q, k, v)
-
-
-def attention_to_first(q: Queries, k: Keys, v: Keys, seen: Int[Array, "B"]) -> Partial:
-    """`attention_with_lse` to the first `seen` keys, which may be none, of those that `fill` gave: by cuDNN where it
-    takes them. Its gradients are those of plain XLA, since cuDNN's know nothing of the log-sum-exp's."""
-    name, attend = ("cudnn", _cudnn) if takes(q, k) else ("xla", _plain_to_first)
-    log_choice(f"{name} with log-sum-exps", q.shape, k.shape, str(q.dtype))
-    return attend(q, k, v, seen)
-
-
-def _plain_to_first(q, k, v, seen) -> Partial:
-    return attention_with_lse(q, k, v, jnp.where(jnp.arange(k.shape[1]) < seen[:, None], 0.0, MASKED))
-
-
-@jax.custom_vjp
-def _cudnn(q, k, v, seen) -> Partial:
-    out, left, lse = attention_to_filled(q, k, v, seen)
-    return out.astype(jnp.float32) / left[..., None], jnp.where((seen > 0)[:, None, None], lse, MASKED)
-
-
-def _cudnn_forward(q, k, v, seen):
-    return _cudnn(q, k, v, seen), (q, k, v, seen)
-
-
-def _cudnn_backward(given, g):
-    q, k, v, seen = given
-    _, back = jax.vjp(functools.partial(_plain_to_first, seen=seen), q, k, v)
-    return *back(g), None
-
-
-_cudnn.defvjp(_cudnn_forward, _cudnn_backward)
 
 
 def attention_with_lse(

@@ -18,6 +18,7 @@ U R. A sequence has parts (a picture, its text); a device holds a slice of each.
 A ring's attention is cuDNN's for a sequence of one part without counted keys; other rings are plain XLA.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -25,8 +26,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jdit.nn.attention import Lengths, attention
-from jdit.nn.attention_lse import MASKED, Partial, attention_to_first, attention_with_lse, fill, merge
+from jdit.nn.attention import Lengths, attention, log_choice
+from jdit.nn.attention_cudnn import TILE, apart, attention_to_all, filled, left_without, takes
+from jdit.nn.attention_lse import MASKED, Partial, attention_with_lse, merge
 from jdit.nn.layers import marked
 from jdit.nn.pieces import Part, joined, padded, split
 from jdit.target import target
@@ -105,9 +107,8 @@ def attend_slices(
     q, k, v = (pieces[i * count : (i + 1) * count] for i in range(3))
     queries = sizes[0] if form.ring == 1 else [a.shape[1] for a in q]  # that are here
     if form.ring > 1 and not form.gathered:
-        held = [a.shape[1] for a in k]
-        seen = _ring(joined(q), joined(k), joined(v), sizes[1], held, axes, form, lengths, counts)
-        out = split(seen, queries)
+        ring = Ring(sizes[1], tuple(a.shape[1] for a in k), axes, form)
+        out = split(_ring(joined(q), joined(k), joined(v), ring, lengths, counts), queries)
     elif count == 1 and counts is None:  # all keys are here, in order: their padding, which is last, is not seen
         if lengths is None and k[0].shape[1] > sizes[1][0]:
             lengths = jnp.full(k[0].shape[0], sizes[1][0], jnp.int32)
@@ -156,43 +157,93 @@ def _all_to_all(x: Float[Array, "U ..."], axes: tuple[str, ...], form: Form) -> 
     return jax.lax.all_to_all(x, axes, 0, 0, axis_index_groups=groups if form.ring > 1 else None)
 
 
-def _ring(
-    q: Tokens, k: Tokens, v: Tokens, keys: Sequence[int], held: Sequence[int], axes: tuple[str, ...], form: Form,
-    lengths: Lengths, counts: Float[Array, "S"] | None,
-) -> Tokens:  # fmt: skip
-    """Attention to all keys, those of one group of devices after another.
+class Ring(NamedTuple):
+    """What a device knows of a ring. keys: tokens of each part, without padding. held: those of each part that a group
+    of devices has."""
 
-    keys: tokens of each part, without padding. held: those of each part that k and v have, which are one group's.
-    """
-    ways, u, group = form.ulysses * form.ring, form.ulysses, jax.lax.axis_index(axes) // form.ulysses
+    keys: tuple[int, ...]
+    held: tuple[int, ...]
+    axes: tuple[str, ...]
+    form: Form
+
+    def source(self, step: int) -> Int[Array, ""]:
+        """The group whose keys are here after so many steps."""
+        return (jax.lax.axis_index(self.axes) // self.form.ulysses - step) % self.form.ring
+
+    def turn(self, a: Array) -> Array:
+        """To the next group, from the one before."""
+        u, ways = self.form.ulysses, self.form.ulysses * self.form.ring
+        return jax.lax.ppermute(a, self.axes, [(i, (i + u) % ways) for i in range(ways)])
+
+
+def _ring(q: Tokens, k: Tokens, v: Tokens, ring: Ring, lengths: Lengths, counts: Float[Array, "S"] | None) -> Tokens:
+    """Attention to all keys, those of one group of devices after another."""
+    by_cudnn = len(ring.keys) == 1 and counts is None and takes(q, k)
+    log_choice(f"{'cudnn' if by_cudnn else 'xla'} with log-sum-exps", q.shape, k.shape, str(q.dtype))
+    return _cudnn_ring(q, k, v, lengths, ring) if by_cudnn else _plain_ring(q, k, v, lengths, counts, ring)
+
+
+def _plain_ring(q: Tokens, k: Tokens, v: Tokens, lengths: Lengths, counts, ring: Ring) -> Tokens:
+    keys, held = ring.keys, ring.held
     starts = [sum(keys[:i]) for i in range(len(keys))]
 
-    simple = len(keys) == 1 and counts is None
-
-    def prefix(step: int) -> Int[Array, "B"]:
-        """How many of the keys of one part that are here after so many steps are seen."""
-        ends = jnp.full(k.shape[0], keys[0], jnp.int32) if lengths is None else jnp.minimum(lengths, keys[0])
-        return jnp.clip(ends - (group - step) % form.ring * held[0], 0, held[0]).astype(jnp.int32)
-
-    def attended(step: int, k: Tokens, v: Tokens) -> Partial:
-        """To the keys that are here after so many steps. Which they are follows from the group that they come from."""
-        if simple:
-            return attention_to_first(q, k, v, prefix(step))
-        first = (group - step) % form.ring
-        within = [first * n + jnp.arange(n) for n in held]
+    def bias(step: int) -> Float[Array, "#B S"]:
+        """Of the keys that are here after so many steps."""
+        within = [ring.source(step) * n + jnp.arange(n) for n in held]
         seen: Bool[Array, "#B S"] = jnp.concatenate([at < n for at, n in zip(within, keys)])[None]
         place = jnp.concatenate([jnp.minimum(at, n - 1) + start for at, n, start in zip(within, keys, starts)])
         if lengths is not None:
             seen = seen & (place < lengths[:, None])
         weights = 0.0 if counts is None else jnp.log(counts.astype(jnp.float32))[place]
-        return attention_with_lse(q, k, v, jnp.where(seen, weights, MASKED))
+        return jnp.where(seen, weights, MASKED)
 
-    turn = lambda a: jax.lax.ppermute(a, axes, [(i, (i + u) % ways) for i in range(ways)])
-    if simple:
-        most = min(held[0], form.ring * held[0] - keys[0]) if lengths is None else None
-        q, k, v = fill(q, k, v, prefix(0), most)
-    out = attended(0, k, v)
-    for step in range(1, form.ring):
-        k, v = turn(k), turn(v)
-        out = merge(out, attended(step, k, v))
+    out = attention_with_lse(q, k, v, bias(0))
+    for step in range(1, ring.form.ring):
+        k, v = ring.turn(k), ring.turn(v)
+        out = merge(out, attention_with_lse(q, k, v, bias(step)))
     return out[0].astype(q.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _cudnn_ring(q: Tokens, k: Tokens, v: Tokens, lengths: Lengths, ring: Ring) -> Tokens:
+    """`_plain_ring` of one part by cuDNN, without a mask (`jdit.nn.attention_cudnn`). Its gradients are the plain ones,
+    since cuDNN's know nothing of the log-sum-exp's."""
+    (keys,), (held,), groups = ring.keys, ring.held, ring.form.ring
+    ends = jnp.full(k.shape[0], keys, jnp.int32) if lengths is None else jnp.minimum(lengths, keys)
+    seen = lambda group: jnp.clip(ends - group * held, 0, held).astype(jnp.int32)
+    padding = groups * held - keys
+    in_last = lengths is None and padding < held and held % TILE == 0
+    k, v = filled([k], [v], seen(ring.source(0)), min(held, padding) if lengths is None else None)
+    q, total = apart(q), k.shape[1]
+
+    def attended(step: int, k: Tokens, v: Tokens) -> Partial:
+        """Where the last group alone has padding, it stays in."""
+        out, lse = attention_to_all(q, k, v)
+        if in_last:
+            return out, lse
+        some = seen(ring.source(step))
+        left = left_without(jnp.where(some > 0, total - some, 0), k[:, :1], q, lse)
+        lse = jnp.where((some > 0)[:, None, None], lse + jnp.log(left), MASKED)
+        return out.astype(jnp.float32) / left[..., None], lse
+
+    out, first = attended(0, k, v), k[:, :1]
+    for step in range(1, groups):
+        k, v = ring.turn(k), ring.turn(v)
+        out = merge(out, attended(step, k, v))
+        first = jnp.where(ring.source(step) == groups - 1, k[:, :1], first)
+    if in_last and padding:
+        out = out[0] / left_without(jnp.full(k.shape[0], padding), first, q, out[1])[..., None], out[1]
+    return out[0].astype(q.dtype)
+
+
+def _cudnn_ring_forward(q, k, v, lengths, ring):
+    return _cudnn_ring(q, k, v, lengths, ring), (q, k, v, lengths)
+
+
+def _cudnn_ring_backward(ring, given, g):
+    *qkv, lengths = given
+    _, back = jax.vjp(lambda q, k, v: _plain_ring(q, k, v, lengths, None, ring), *qkv)
+    return *back(g), None
+
+
+_cudnn_ring.defvjp(_cudnn_ring_forward, _cudnn_ring_backward)
