@@ -3,6 +3,7 @@
 Compute dtype = parameter dtype of the layer; statistics are taken in float32.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -163,6 +164,9 @@ class Mlp(nnx.Module):
         self.down = linear(f, d_out or d, ("mlp", "embed"), dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        kernel, bias = self.up.kernel.get_value(), self.up.bias
+        if self.act is gelu_tanh and bias is not None and _activates(x, kernel):
+            return self.down(_activated(x.astype(kernel.dtype), kernel, bias.get_value()))
         return self.down(self.act(self.up(x)))
 
 
@@ -200,6 +204,29 @@ def dense32(layer: nnx.LinearGeneral, x: Float[Array, "... D"]) -> Float[Array, 
 def gelu_tanh(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """GELU by its tanh form (arXiv 1606.08415). In float32 inside: its steps rounded to bfloat16 cost accuracy."""
     return nnx.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
+
+
+def _activates(x: Float[Array, "... D"], kernel: Float[Array, "D F"]) -> bool:
+    """Whether a product is to make `gelu_tanh` of its result itself, as cuBLASLt's do on a GPU. It saves a pass over
+    the result, and costs one over a scanned layer's weights, which XLA copies for it (`product`): so of more rows on a
+    device than the input is wide."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    rows = x.size // x.shape[-1] // math.prod(n for axis, n in sizes.items() if axis != "tensor")
+    return target().platform == "gpu" and kernel.dtype in (jnp.bfloat16, jnp.float16) and rows > kernel.shape[0]
+
+
+@jax.custom_vjp
+def _activated(x: Float[Array, "... D"], kernel: Float[Array, "D F"], bias: Float[Array, "F"]) -> Float[Array, "... F"]:
+    """`gelu_tanh` of a dense layer, in a form by which XLA knows it: all in the dtype of the product, whose own GELU is
+    in float32 (epilogue BIAS_GELU). Its gradients are those of the form that is not in the product."""
+    return nnx.gelu(jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ()))) + bias, approximate=True)
+
+
+def _apart(x, kernel, bias):
+    return gelu_tanh(product(x, kernel, (((x.ndim - 1,), (0,)), ((), ()))) + bias)
+
+
+_activated.defvjp(lambda *given: jax.vjp(_apart, *given), lambda vjp, g: vjp(g))
 
 
 def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
