@@ -75,10 +75,10 @@ CASES = {
 SPREAD = ("Wan 14B 480p", "Wan 14B 480p guided", "HunyuanVideo 544p", "HunyuanVideo 720p", "Qwen-Image guided")
 """Whose weights are over half of a v6e's memory: on it they are spread over all chips (FSDP)."""
 MEASURED = {
-    "Wan 1.3B 480p": (0.4824, 0.2562), "Wan 14B 480p": (2.5947, 1.3706), "HunyuanVideo 544p": (6.981, 3.6375),
-    "SD3.5-large guided": (0.1267, 0.0642), "Qwen-Image guided": (0.4481, 0.2345),
+    "Wan 1.3B 480p": (0.4739, 0.2499), "Wan 14B 480p": (2.5866, 1.3595), "HunyuanVideo 544p": (7.0715, 3.6733),
+    "SD3.5-large guided": (0.1231, 0.0639), "Qwen-Image guided": (0.4556, 0.2372),
 }  # fmt: skip
-"""Seconds of a step on one H100 and on two (benchmarks/mesh.md)."""
+"""Seconds of a step on one H100, while the other one has its own, and on two (benchmarks/mesh.md)."""
 
 
 def wanted() -> list[tuple[str, int, bool]]:
