@@ -264,15 +264,16 @@ def test_ring_in_bfloat16_is_as_exact_as_plain_attention():
     assert 0 < ring <= 1.2 * plain < 1e-2
 
 
-@pytest.mark.parametrize("sizes", [dict(sequence=8), dict(data=2, sequence=4)], ids=["sequence8", "2x4"])
 @pytest.mark.parametrize(
-    "held, tokens, lengths",
+    "sizes, held, tokens, lengths",
     [
-        (1100, 1100, None),  # slices are padded, the last ones with more
-        (1100, 1100, (1099, 70)),  # of a short sample some devices have nothing at all
-        (1024, 600, None),  # devices that have padding alone
-        (1024, 1000, None),  # whole tiles: padding of the last device is taken out in the end
-        (1024, 1024, None),
+        (dict(sequence=8), 1100, 1100, None),  # slices are padded, the last ones with more
+        (dict(sequence=8), 1100, 1100, (1099, 70)),  # of a short sample some devices have nothing at all
+        (dict(data=2, sequence=4), 1100, 1100, (1099, 70)),
+        (dict(sequence=8), 1024, 600, None),  # devices that have padding alone
+        (dict(sequence=8), 1024, 1000, None),  # whole tiles: padding of the last device is taken out in the end
+        (dict(data=2, sequence=4), 1024, 1000, None),
+        (dict(sequence=8), 1024, 1024, None),
     ],
 )
 def test_a_ring_of_cudnn(sizes, held, tokens, lengths, as_cudnn):
