@@ -165,8 +165,8 @@ class Mlp(nnx.Module):
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         kernel, bias = self.up.kernel.get_value(), self.up.bias
-        if self.act is gelu_tanh and bias is not None and _activates(x, kernel):
-            return self.down(_activated(x.astype(kernel.dtype), kernel, bias.get_value()))
+        if self.act is gelu_tanh and bias is not None and _gelu_pays_in_product(x, kernel):
+            return self.down(_product_with_gelu(x.astype(kernel.dtype), kernel, bias.get_value()))
         return self.down(self.act(self.up(x)))
 
 
@@ -206,7 +206,7 @@ def gelu_tanh(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return nnx.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
 
 
-def _activates(x: Float[Array, "... D"], kernel: Float[Array, "D F"]) -> bool:
+def _gelu_pays_in_product(x: Float[Array, "... D"], kernel: Float[Array, "D F"]) -> bool:
     """Whether a product is to make `gelu_tanh` of its result itself, as cuBLASLt's do on a GPU. It saves a pass over
     the result, and costs one over a scanned layer's weights, which XLA copies for it (`product`): so of more rows on a
     device than the input is wide."""
@@ -216,17 +216,19 @@ def _activates(x: Float[Array, "... D"], kernel: Float[Array, "D F"]) -> bool:
 
 
 @jax.custom_vjp
-def _activated(x: Float[Array, "... D"], kernel: Float[Array, "D F"], bias: Float[Array, "F"]) -> Float[Array, "... F"]:
+def _product_with_gelu(
+    x: Float[Array, "... D"], kernel: Float[Array, "D F"], bias: Float[Array, "F"]
+) -> Float[Array, "... F"]:
     """`gelu_tanh` of a dense layer, in a form by which XLA knows it: all in the dtype of the product, whose own GELU is
     in float32 (epilogue BIAS_GELU). Its gradients are those of the form that is not in the product."""
-    return nnx.gelu(jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ()))) + bias, approximate=True)
+    return nnx.gelu(x @ kernel + bias, approximate=True)
 
 
-def _apart(x, kernel, bias):
+def _product_then_gelu(x, kernel, bias):
     return gelu_tanh(product(x, kernel, (((x.ndim - 1,), (0,)), ((), ()))) + bias)
 
 
-_activated.defvjp(lambda *given: jax.vjp(_apart, *given), lambda vjp, g: vjp(g))
+_product_with_gelu.defvjp(lambda *given: jax.vjp(_product_then_gelu, *given), lambda vjp, g: vjp(g))
 
 
 def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -50,14 +50,15 @@ def compiler_options() -> dict[str, bool | int | str] | None:
     """What GPU programs are compiled with (benchmarks/NOTES.md has the figures).
 
     Scanned layers read their weights in place instead of copying each layer's slice first: in products that are
-    cuBLASLt calls from the start, not candidates for Triton (and see `jdit.nn.layers.product`). Values, keys and
-    queries may be under way together (`jdit.nn.exchange`), and what is sent begins as early as it can: XLA begins it
-    right before the product that hides it, which then leaves NCCL no processors. What a ring sends between the GPUs of
-    one process goes by copy engines, which need none. Slices of a layer's biases and scales are not copied on streams
-    of their own: beside what is sent, no CUDA graph can hold those, and outside of graphs cuDNN clears its results
-    first and kernels wait for one another's launch. A graph may hold one kernel: a ring's attention to its own keys,
-    between sending and receiving. Where nothing but samples is spread (guidance), a device has few of them, and kernels
-    of a graph that do not need one another run side by side: those of a text leave most processors idle.
+    cuBLASLt calls from the start, not candidates for Triton (and see `jdit.nn.layers.product`; one that makes its own
+    GELU has them copied). Values, keys and queries may be under way together (`jdit.nn.exchange`), and what is sent
+    begins as early as it can: XLA begins it right before the product that hides it, which then leaves NCCL no
+    processors. What a ring sends between the GPUs of one process goes by copy engines, which need none. Slices of a
+    layer's biases and scales are not copied on streams of their own: beside what is sent, no CUDA graph can hold those,
+    and outside of graphs cuDNN clears its results first and kernels wait for one another's launch. A graph may hold one
+    kernel: a ring's attention to its own keys, between sending and receiving. Where nothing but samples is spread
+    (guidance), a device has few of them, and kernels of a graph that do not need one another run side by side: those of
+    a text leave most processors idle.
     """
     if jax.default_backend() != "gpu":
         return None
