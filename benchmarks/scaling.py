@@ -75,8 +75,8 @@ CASES = {
 SPREAD = ("Wan 14B 480p", "Wan 14B 480p guided", "HunyuanVideo 544p", "HunyuanVideo 720p", "Qwen-Image guided")
 """Whose weights are over half of a v6e's memory: on it they are spread over all chips (FSDP)."""
 MEASURED = {
-    "Wan 1.3B 480p": (0.4739, 0.2499), "Wan 14B 480p": (2.5866, 1.3595), "HunyuanVideo 544p": (7.0715, 3.6733),
-    "SD3.5-large guided": (0.1231, 0.0639), "Qwen-Image guided": (0.4556, 0.2372),
+    "Wan 1.3B 480p": (0.4741, 0.2519), "Wan 14B 480p": (2.5889, 1.3626), "HunyuanVideo 544p": (6.9979, 3.6328),
+    "SD3.5-large guided": (0.1232, 0.0635), "Qwen-Image guided": (0.4401, 0.2310),
 }  # fmt: skip
 """Seconds of a step on one H100, while the other one has its own, and on two (benchmarks/mesh.md)."""
 
