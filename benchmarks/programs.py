@@ -58,7 +58,7 @@ def of(cfg: Any, size: tuple[int, ...], rows: int = 1, text: int | None = None) 
     Args:
         size: of the latents, (Y, X) or (T, Y, X). rows: batch. text: its tokens; None is what the family usually has.
     """
-    make = lambda: zoo.MODULES[type(cfg)](cfg, rngs=nnx.Rngs(0))  # pyright: ignore[reportCallIssue]
+    make = sharding.Make(zoo.MODULES[type(cfg)], cfg)
     array = lambda *shape, dtype=cfg.dtype: jax.ShapeDtypeStruct((rows, *shape), dtype)
     x, t = array(*size, cfg.in_channels, dtype="float32"), array(dtype="float32")
     lengths = array(dtype="int32")

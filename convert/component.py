@@ -8,7 +8,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from convert.table import Rule
-from jdit.sharding import Path, Rules, abstract
+from jdit.sharding import Make, Path, Rules, abstract
 
 
 class Component(NamedTuple):
@@ -32,7 +32,7 @@ class Component(NamedTuple):
 
     def make(self, cfg: Any) -> Callable[[], nnx.Module]:
         """A constructor for `sharding.abstract` and `assemble`."""
-        return lambda: self.module(cfg, rngs=nnx.Rngs(0))
+        return Make(self.module, cfg)
 
     def targets(
         self, cfg: Any, mesh: Mesh | None = None, rules: Rules | None = None

@@ -83,7 +83,7 @@ class Opened:
         placed = {n: registry.placed(c, dtype, rules or Rules()) for n, c in self.parts.configs.items()}
         makes = {n: registry.of_config(c).make(c) for n, c in placed.items()}
         plain = {n: registry.placed(c, dtype, Rules()) for n, c in self.parts.configs.items()}  # one for all rules
-        shapes = {n: sharding.described(registry.of_config(c).module, c) for n, c in plain.items()}
+        shapes = {n: sharding.described(registry.of_config(c).make(c)) for n, c in plain.items()}
         targets = {n: sharding.placed(module, mesh, rules) for n, module in shapes.items()}
         return dataclasses.replace(self.parts, configs=placed), makes, targets
 

@@ -10,7 +10,7 @@ import functools
 import logging
 import math
 from collections.abc import Callable, Collection, Iterator
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
@@ -248,14 +248,26 @@ def abstract(make: Callable[[], nnx.Module], mesh: AnyMesh | None = None, rules:
         (graphdef, {path: ShapeDtypeStruct}); with a mesh each leaf carries its NamedSharding. This one tree gives
         shapes, shardings, the restore target, the converter's targets and the parameter count.
     """
-    module = nnx.eval_shape(make)
+    module = described(make)
     return nnx.graphdef(module), placed(module, mesh, rules)
 
 
-@functools.cache
-def described(module: type[Any], cfg: Any) -> nnx.Module:
-    """The abstract module of a config; made once, as large ones take seconds."""
-    return nnx.eval_shape(lambda: module(cfg, rngs=nnx.Rngs(0)))
+class Make(NamedTuple):
+    """The constructor of a config's module, as data: what is equal is described once."""
+
+    module: type[Any]
+    cfg: Any
+
+    def __call__(self) -> nnx.Module:
+        return self.module(self.cfg, rngs=nnx.Rngs(0))
+
+
+def described(make: Callable[[], nnx.Module]) -> nnx.Module:
+    """The abstract module; of a `Make` it is kept, as it takes a second for an autoencoder. Not to be changed."""
+    return _described(make) if isinstance(make, Make) else nnx.eval_shape(make)
+
+
+_described = functools.cache(nnx.eval_shape)
 
 
 def placed(
@@ -274,7 +286,7 @@ def assemble(
 ) -> nnx.Module:
     """The module that `make` describes, holding `leaves` (every path of `abstract(make)`, no other); of a part of a
     module `only` those paths, and nothing in the others (see `jdit.nn.parts`)."""
-    graphdef, state = nnx.split(nnx.eval_shape(make))
+    graphdef, state = nnx.split(described(make))
     flat = list(nnx.to_flat_state(state))
     wanted = {p for p, _ in flat if only is None or p in only}
     missing, extra = wanted - set(leaves), set(leaves) - wanted
@@ -290,7 +302,7 @@ def leaves(module: nnx.Module) -> dict[Path, jax.Array]:
 
 def count(module_or_make: nnx.Module | Callable[[], nnx.Module]) -> int:
     """Number of parameters, fixed tables (metadata `fixed=True`, buffers upstream) left out."""
-    module = module_or_make if isinstance(module_or_make, nnx.Module) else nnx.eval_shape(module_or_make)
+    module = module_or_make if isinstance(module_or_make, nnx.Module) else described(module_or_make)
     total = 0
     for _, var in nnx.to_flat_state(nnx.state(module)):
         if not var.get_metadata().get("fixed"):

@@ -30,6 +30,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # another without a thread, for ever
 os.environ.setdefault("NPROC", "32")
 
+# Traces make and drop objects by the hundred thousand, and each pass of the collector goes through all there are: at
+# Python's thresholds 7% of the time
+gc.set_threshold(100_000, 20, 50)
+
 MAPS, MOST = Path("/proc/self/maps"), 20_000
 """Memory areas of this process. Each compiled program takes some, and Linux gives a process 65,530: past that XLA
 crashes it with a segmentation fault. A run of all tests compiles thousands."""

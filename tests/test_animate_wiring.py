@@ -5,7 +5,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import pytest
-from flax import nnx
 
 from convert import registry
 from jdit import sharding, zoo
@@ -33,7 +32,7 @@ def array(*shape, dtype=jnp.float32):
 
 
 def test_full_size(pipe):
-    modules = {n: nnx.eval_shape(registry.of_config(c).make(c)) for n, c in zoo.VARIANTS[NAME].components.items()}
+    modules = {n: sharding.described(registry.of_config(c).make(c)) for n, c in zoo.VARIANTS[NAME].components.items()}
     table, (height, width) = pipe.table(20), pipe.size()
     plan = pipe.segments({}, 200)
     assert (plan.count, plan.length, height, width, pipe.frames()) == (3, 77, 720, 1280, 77)

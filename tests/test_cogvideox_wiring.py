@@ -6,10 +6,9 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
-from flax import nnx
 
 from convert import registry
-from jdit import zoo
+from jdit import sharding, zoo
 from jdit.pipeline.base import Parts
 from jdit.pipeline.cogvideox import TEXT, CogVideoXVideo, stages
 from jdit.pipeline.executor import Weights, check_wiring
@@ -32,7 +31,7 @@ def dry(name: str, dtype: str = "float32") -> CogVideoXVideo:
 
 @functools.cache
 def module(cfg):
-    return nnx.eval_shape(registry.of_config(cfg).make(cfg))
+    return sharding.described(registry.of_config(cfg).make(cfg))
 
 
 def array(*shape, dtype=jnp.float32):

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from collectives import collectives
-from flax import nnx
 
 from jdit import sampling, sharding
 from jdit.nn.cogvideox import CogVideoX, CogVideoXConfig
@@ -65,7 +64,7 @@ FAMILIES = {
 def program(family: str, data: int):
     """The compiled sampling loop of a guided run of one prompt."""
     module, cfg, stages, shape, scheduler, prompts = FAMILIES[family]
-    make = lambda: module(cfg, rngs=nnx.Rngs(0))
+    make = sharding.Make(module, cfg)
     mesh = sharding.make_mesh(data=data)
     table = sampling.from_config(scheduler, 2)
     scale = jnp.full(2, 4.0) if family == "cogvideox" else jnp.float32(4)

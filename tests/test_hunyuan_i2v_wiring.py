@@ -7,10 +7,9 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
-from flax import nnx
 
 from convert import registry
-from jdit import zoo
+from jdit import sharding, zoo
 from jdit.pipeline.base import Parts
 from jdit.pipeline.executor import Weights, check_wiring
 from jdit.pipeline.hunyuan_i2v import HunyuanVideoFromPicture
@@ -33,7 +32,7 @@ def dry(name: str, dtype: str = "float32") -> HunyuanVideoFromPicture:
 
 @functools.cache
 def module(cfg):
-    return nnx.eval_shape(registry.of_config(cfg).make(cfg))
+    return sharding.described(registry.of_config(cfg).make(cfg))
 
 
 def array(*shape, dtype=jnp.float32):

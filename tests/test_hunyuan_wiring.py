@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from convert import registry
 from jdit import sharding, zoo
@@ -37,7 +36,7 @@ def dry(name: str, dtype: str = "bfloat16", **plan) -> HunyuanVideoGeneration:
 
 @functools.cache
 def module(cfg):
-    return nnx.eval_shape(registry.of_config(cfg).make(cfg))
+    return sharding.described(registry.of_config(cfg).make(cfg))
 
 
 def array(*shape, dtype=jnp.float32):

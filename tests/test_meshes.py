@@ -152,7 +152,7 @@ CASES = {
 
 def make(case: Case, rules: Rules) -> Callable[[], nnx.Module]:
     cfg = dataclasses.replace(case.cfg, rules=rules)
-    return lambda: case.module(cfg, rngs=nnx.Rngs(0))
+    return sharding.Make(case.module, cfg)
 
 
 # on newer versions of Python and jax the transformers are enough

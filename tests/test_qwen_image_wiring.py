@@ -6,10 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from convert import registry
-from jdit import zoo
+from jdit import sharding, zoo
 from jdit.pipeline import memory
 from jdit.pipeline.base import Parts
 from jdit.pipeline.executor import Weights, check_wiring
@@ -34,7 +33,7 @@ def dry(name: str):
 
 @functools.cache
 def module(cfg):
-    return nnx.eval_shape(registry.of_config(cfg).make(cfg))
+    return sharding.described(registry.of_config(cfg).make(cfg))
 
 
 def array(*shape, dtype=jnp.float32):

@@ -39,7 +39,7 @@ INPUTS = {kind: PICTURES if kind == "clip vision" else TOKENS for kind in MODELS
 
 def build(kind: str):
     cls, cfg = MODELS[kind]
-    return lambda: cls(cfg, rngs=nnx.Rngs(0))
+    return sharding.Make(cls, cfg)
 
 
 @pytest.mark.parametrize("kind", MODELS)

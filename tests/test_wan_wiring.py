@@ -5,7 +5,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
-from flax import nnx
 
 from convert import registry
 from jdit import sampling, sharding, zoo
@@ -36,7 +35,7 @@ def dry(name: str) -> WanVideo:
 
 @functools.cache
 def module(cfg):
-    return nnx.eval_shape(registry.of_config(cfg).make(cfg))
+    return sharding.described(registry.of_config(cfg).make(cfg))
 
 
 def array(*shape, dtype=jnp.float32):

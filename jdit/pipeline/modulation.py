@@ -51,14 +51,14 @@ def spec(*shape: int, dtype: str = "float32") -> jax.ShapeDtypeStruct:
 @functools.cache
 def table_bytes(module: type[Any], cfg: Any, *inputs: Any, make: Callable | None = None) -> int:
     """Size of `make(module, *inputs)`, or of `module.modulation_table(*inputs)`; inputs are made of `spec`."""
-    described = sharding.described(module, cfg)
+    described = sharding.described(sharding.Make(module, cfg))
     return sharding.tree_bytes(jax.eval_shape(make or module.modulation_table, described, *inputs))
 
 
 @functools.cache
 def weight_bytes(module: type[Any], cfg: Any, part: str) -> int:
     """Size of a part of the module's weights."""
-    return sharding.tree_bytes(parts.take(sharding.described(module, cfg), part))
+    return sharding.tree_bytes(parts.take(sharding.described(sharding.Make(module, cfg)), part))
 
 
 def tabled(module: type[Any], cfg: Any, times: Any, *prompts: Any, make: Callable | None = None) -> bool:

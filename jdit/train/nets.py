@@ -22,7 +22,7 @@ from convert.registry import COMPONENTS
 from convert.stream import load_leaves
 from convert.write import write_back
 from jdit.nn import attention
-from jdit.sharding import abstract, assemble, dotted, leaves
+from jdit.sharding import abstract, assemble, described, dotted, leaves
 
 Weights = dict[str, Array]
 """Dotted path -> array."""
@@ -67,7 +67,7 @@ class Net:
         self.cfg = dataclasses.replace(cfg, dtype=dtype)
         self._make = self.component.make(self.cfg)
         self._master = dataclasses.replace(cfg, dtype="float32")
-        state = nnx.state(nnx.eval_shape(self._make))
+        state = nnx.state(described(self._make))
         flat = nnx.to_flat_state(state)
         self.paths = {dotted(p): p for p, _ in flat}
         self.dtypes = {dotted(p): var.get_value().dtype for p, var in flat}
