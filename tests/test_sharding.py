@@ -38,6 +38,21 @@ def place(make, values, mesh, rules):
     return sharding.assemble(make, {p: jax.device_put(v, leaves[p].sharding) for p, v in values.items()})
 
 
+def test_equal_constructors_are_described_once():
+    """And modules made by them share nothing that one could change."""
+    make, same = (sharding.Make(CLIPText, CLIPTextConfig(width=8, heads=2, layers=2)) for _ in range(2))
+    kept = sharding.described(make)
+    assert sharding.described(same) is kept
+    assert sharding.described(make._replace(cfg=CLIPTextConfig(width=8, heads=2, layers=1))) is not kept
+    shapes = sharding.abstract(make)[1]
+    one, other = (sharding.assemble(make, {p: jnp.zeros(a.shape) for p, a in shapes.items()}) for _ in range(2))
+    one.projection.kernel.set_value(jnp.ones(one.projection.kernel.shape))
+    one.extra = 1
+    assert any(a.any() for a in sharding.leaves(one).values())
+    assert not any(a.any() for a in sharding.leaves(other).values()) and not hasattr(other, "extra")
+    assert sharding.abstract(make)[1] == shapes and not hasattr(kept, "extra")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("rules", [Rules(), FSDP], ids=["plain", "fsdp"])
 def test_mmdit_equals_one_device(rules):
