@@ -10,7 +10,7 @@ import functools
 import logging
 import math
 from collections.abc import Callable, Collection, Iterator
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -252,7 +252,8 @@ def abstract(make: Callable[[], nnx.Module], mesh: AnyMesh | None = None, rules:
     return nnx.graphdef(module), placed(module, mesh, rules)
 
 
-class Make(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Make:
     """The constructor of a config's module, as data: what is equal is described once."""
 
     module: type[Any]

@@ -43,7 +43,7 @@ def test_equal_constructors_are_described_once():
     make, same = (sharding.Make(CLIPText, CLIPTextConfig(width=8, heads=2, layers=2)) for _ in range(2))
     kept = sharding.described(make)
     assert sharding.described(same) is kept
-    assert sharding.described(make._replace(cfg=CLIPTextConfig(width=8, heads=2, layers=1))) is not kept
+    assert sharding.described(dataclasses.replace(make, cfg=CLIPTextConfig(width=8, heads=2, layers=1))) is not kept
     shapes = sharding.abstract(make)[1]
     one, other = (sharding.assemble(make, {p: jnp.zeros(a.shape) for p, a in shapes.items()}) for _ in range(2))
     one.projection.kernel.set_value(jnp.ones(one.projection.kernel.shape))
