@@ -85,6 +85,7 @@ DECODERS = {  # latents, and tokens of its attention, None where it has none
 }
 
 
+@pytest.mark.slow  # on newer versions steps are enough
 @pytest.mark.parametrize("case", DECODERS)
 def test_decoders(case):
     size, tokens = DECODERS[case]

@@ -18,6 +18,7 @@ COUNTS = {  # transformers, as upstream's classes count them (tests/parity/test_
 }  # fmt: skip
 
 
+@pytest.mark.slow  # as those of the other families
 @pytest.mark.parametrize("name", COUNTS)
 @pytest.mark.parametrize("t5", [True, False])
 def test_full_size(name, t5):
