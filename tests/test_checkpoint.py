@@ -301,6 +301,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow
 def test_memory_stays_at_a_few_blocks_of_a_leaf(tmp_path):
     """A leaf of 160 MiB is converted and checked in less memory than itself."""
     rng = np.random.default_rng(0)

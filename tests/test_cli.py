@@ -65,6 +65,7 @@ def test_bad_input_ends_with_2_and_says_what_is_wrong(arguments, message, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_exchange_of_attention_can_be_forced(caplog, tmp_path):
     context_parallel._log_choice.cache_clear()
     where = ("--mesh", "sequence=2", "--exchange", "gather", "--steps", "1", "-o", str(tmp_path / "a.png"))

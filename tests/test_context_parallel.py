@@ -115,6 +115,7 @@ def joint(heads, queries):
     return parts, flat(attention(q, k, v, kv_lengths=LENGTHS, key_counts=COUNTS))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sizes, heads, queries, exchange, said",
     [
@@ -146,6 +147,7 @@ def test_parts_of_odd_lengths(sizes, heads, queries, exchange, said, caplog):
     assert len(said_all) == 1 and re.search(said, said_all[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exchange", ["ulysses", "ring", "ulysses_ring", "gather"])
 @pytest.mark.parametrize("tokens", [16, 13, 9])
 def test_one_sequence(tokens, exchange):
@@ -217,6 +219,7 @@ def test_keys_that_are_whole(sizes, tokens):
     assert error(run(sizes, call, q, k, v, lengths, counts), want) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", SPREAD, ids=["sequence8", "2x2x2"])
 @pytest.mark.parametrize("frames, tokens", [(5, 9), (13, 3), (2, 40)])
 def test_frames_that_end_within_a_slice(sizes, frames, tokens):

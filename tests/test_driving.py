@@ -132,6 +132,7 @@ def test_reference_that_cannot_be():
         driving.reference(np.zeros((1, 1000, 3), np.uint8), 32, 48)
 
 
+@pytest.mark.slow
 def test_no_video_lies_in_memory_as_a_whole(tmp_path):
     for name, make in {"pose": skeleton, "face": face, "street": skeleton, "mask": mask}.items():
         frames = make(150)

@@ -36,6 +36,7 @@ def as_uint8(x):
     return jnp.round((jnp.clip(x, -1, 1) / 2 + 0.5) * 255).astype(jnp.uint8)
 
 
+@pytest.mark.slow
 def test_bytes_inside_the_loop(vae, whole):
     """Each frame is finished once."""
     counts = []

@@ -70,6 +70,7 @@ def test_mmdit_equals_one_device(rules):
     assert error(got, want) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES.keys())
 def test_text_encoders_equal_one_device(sizes):
     clip = CLIPTextConfig(vocab_size=40, width=32, mlp=64, layers=3, heads=8, max_positions=12, projection=16)
