@@ -73,12 +73,10 @@ class Model:
         self.transformers = tuple(n for n in configs if n.startswith("transformer"))
 
     def make(self, name: str):
-        from flax import nnx
-
-        from jdit import zoo
+        from jdit import sharding, zoo
 
         cfg = self.configs[name]
-        return lambda: zoo.MODULES[type(cfg)](cfg, rngs=nnx.Rngs(0))
+        return sharding.Make(zoo.MODULES[type(cfg)], cfg)
 
     def zeros(self, entry: str):
         """A component or a part of one."""

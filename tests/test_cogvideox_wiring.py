@@ -1,7 +1,6 @@
 """Every full-size CogVideoX: its stages fit together (shapes by eval_shape); sizes and frames that are taken."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +28,6 @@ def dry(name: str, dtype: str = "float32") -> CogVideoXVideo:
     return CogVideoXVideo(parts, Weights({}))
 
 
-@functools.cache
 def module(cfg):
     return sharding.described(registry.of_config(cfg).make(cfg))
 

@@ -396,7 +396,6 @@ def test_batch_equals_singles(chain):
     assert_close(predict(turned, x[::-1])[::-1], whole, 1e-6)
 
 
-@pytest.mark.slow
 @chains
 def test_predictions_are_combined_in_float32(chain, dtype=jnp.bfloat16):
     u, c = jnp.asarray(NEGATIVE, dtype), jnp.asarray(POSITIVE, dtype)
@@ -411,7 +410,6 @@ def test_predictions_are_combined_in_float32(chain, dtype=jnp.bfloat16):
         assert predict(zero_init(model, lambda on: on), row=(True,)).dtype == jnp.float32
 
 
-@pytest.mark.slow
 def test_float64_stays():
     with jax.enable_x64(True):
         x, u, c = (noise(i).astype(np.float64) for i in range(3))

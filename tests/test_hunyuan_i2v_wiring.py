@@ -2,7 +2,6 @@
 frames."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +29,6 @@ def dry(name: str, dtype: str = "float32") -> HunyuanVideoFromPicture:
     return HunyuanVideoFromPicture(parts, Weights({}))
 
 
-@functools.cache
 def module(cfg):
     return sharding.described(registry.of_config(cfg).make(cfg))
 

@@ -1,7 +1,6 @@
 """Every full-size HunyuanVideo: its stages fit together (shapes by eval_shape); sizes, frames, tables and memory."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +33,6 @@ def dry(name: str, dtype: str = "bfloat16", **plan) -> HunyuanVideoGeneration:
     return HunyuanVideoGeneration(parts, Weights({}))
 
 
-@functools.cache
 def module(cfg):
     return sharding.described(registry.of_config(cfg).make(cfg))
 

@@ -37,7 +37,7 @@ NAMES = [n for n, v in zoo.VARIANTS.items() if v.family in PIPELINES]
 
 
 def make(cfg):
-    return lambda: zoo.MODULES[type(cfg)](cfg, rngs=nnx.Rngs(0))
+    return sharding.Make(zoo.MODULES[type(cfg)], cfg)
 
 
 def dry(name, **plan):

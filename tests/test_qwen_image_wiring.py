@@ -1,7 +1,5 @@
 """Every full-size Qwen-Image: its stages fit together (shapes by eval_shape), and its weights into a plan."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,7 +29,6 @@ def dry(name: str):
     return pipeline(parts, Weights({}))
 
 
-@functools.cache
 def module(cfg):
     return sharding.described(registry.of_config(cfg).make(cfg))
 

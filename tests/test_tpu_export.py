@@ -7,7 +7,6 @@ import re
 import jax
 import programs
 import pytest
-from flax import nnx
 
 from jdit import sharding, zoo
 from jdit.sharding import make_mesh
@@ -71,7 +70,7 @@ def test_heads_that_do_not_divide():
 
 
 def module(cfg):
-    make = lambda: zoo.MODULES[type(cfg)](cfg, rngs=nnx.Rngs(0))
+    make = sharding.Make(zoo.MODULES[type(cfg)], cfg)
     _, leaves = sharding.abstract(make)
     return sharding.assemble(make, leaves)
 

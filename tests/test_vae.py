@@ -29,7 +29,7 @@ def error(got, want) -> float:
 def build(cfg: AutoencoderKLConfig = TINY, kind: type[AutoencoderKL] = AutoencoderKL) -> AutoencoderKL:
     """Every leaf random, norms and biases too."""
     rng = np.random.default_rng(0)
-    make = lambda: kind(cfg, rngs=nnx.Rngs(0))
+    make = sharding.Make(kind, cfg)
     leaves = {
         path: jnp.asarray((path[-1] == "scale") + rng.normal(size=leaf.shape) * 0.3, leaf.dtype)
         for path, leaf in sharding.abstract(make)[1].items()

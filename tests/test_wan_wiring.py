@@ -1,7 +1,5 @@
 """Every full-size Wan: its stages fit together (shapes by eval_shape), its weights come and go as planned."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import pytest
@@ -33,7 +31,6 @@ def dry(name: str) -> WanVideo:
     return WanVideo(parts, Weights({}))
 
 
-@functools.cache
 def module(cfg):
     return sharding.described(registry.of_config(cfg).make(cfg))
 

@@ -74,7 +74,7 @@ class Net:
         fixed = {dotted(p) for p, var in flat if var.get_metadata().get("fixed")}
 
         def tables():  # and nothing else, so that random weights are not even compiled
-            module = self.component.module(self._master, rngs=nnx.Rngs(0))
+            module = self.component.make(self._master)()
             return {name: a for p, a in leaves(module).items() if (name := dotted(p)) in fixed}
 
         self.fixed = {k: np.asarray(a) for k, a in jax.jit(tables)().items()} if fixed else {}
